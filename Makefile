@@ -1,0 +1,61 @@
+# Two commands do everything on a fresh machine: `make train` and `make test`.  Each sets itself up in .venv, once.
+
+PYTHON  ?= python3
+WORKDIR ?= runs/ring_tiny
+CONFIG  ?= configs/ring_tiny.py
+VENV    := .venv
+RUN     := $(VENV)/bin/python
+
+# The toy runs are for the CPU, also on a machine that has an accelerator: JAX_PLATFORMS= make train takes that one.
+export JAX_PLATFORMS ?= cpu
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+# glibc returns large buffers to the kernel at once and then faults their pages in again, step after step; keeping them
+# saves up to a quarter of a training step on the CPU.
+export MALLOC_TOP_PAD_ ?= 268435456
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
+
+.PHONY: train think test parity lint bench clean help
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+train: $(VENV)/train.stamp  ## train the tiny Ring by SFT and RL (about 2 minutes on 2 cores); resumes where it stopped
+	$(RUN) -m ring_jax.launch.train --config=$(CONFIG) --workdir=$(WORKDIR)
+
+think: $(VENV)/train.stamp  ## the same with a reasoning trace inside <think>, on arithmetic (about 5 minutes)
+	$(MAKE) train CONFIG=configs/ring_tiny_think.py WORKDIR=runs/ring_tiny_think
+
+test: $(VENV)/test.stamp  ## all tests
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m pytest -n 2 --dist worksteal tests
+
+parity: $(VENV)/test.stamp  ## compare with PyTorch, transformers and vLLM; the report is parity_report/report.html
+	$(RUN) -m parity.run --suite=all --report=parity_report
+
+bench: $(VENV)/train.stamp  ## the kernels' benchmarks
+	$(RUN) -m kernels.grouped_matmul.bench
+	$(RUN) -m kernels.linear_logprob.bench
+
+lint: $(VENV)/test.stamp  ## format, and mend what can be mended
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.stamp: requirements/train.txt requirements/no_deps.txt setup.py | $(VENV)/bin/python
+	$(VENV)/bin/pip install -q -r requirements/train.txt
+	$(VENV)/bin/pip install -q --no-deps -r requirements/no_deps.txt
+	$(VENV)/bin/pip install -q --no-deps -e .
+	touch $@
+
+$(VENV)/test.stamp: requirements/test.txt requirements/vllm.txt $(VENV)/train.stamp
+	$(VENV)/bin/pip install -q -r requirements/test.txt
+	$(VENV)/bin/pip install -q --no-deps -r requirements/vllm.txt
+	touch $@
