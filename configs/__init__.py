@@ -1,0 +1,1 @@
+"""The configuration tree, and one small file a run."""
