@@ -1,0 +1,112 @@
+"""Bench of the grouped matmul: the MLP of an MoE layer, forward and backward, on the default device.
+
+    python -m kernels.grouped_matmul.bench [--json]
+
+Compared, in turns within one process: the MLP with `blocked`; the same MLP as an einsum of all tokens with all experts;
+a chain of 2048^3 matmuls, whose rate stands for what the machine can do.  Each program does its work twice within one
+call, as a training step does layer after layer, so that the pages of its buffers are not fresh every time.  Routing,
+sorting and combining are the model's and are not in it.
+"""
+
+import functools
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from kernels.grouped_matmul.api import grouped_matmul
+from kernels.grouped_matmul.blocked import padded_rows
+from kernels.timing import interleaved, plain_matmul, ratio
+
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+_TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens in the batch.")
+_EXPERTS = flags.DEFINE_integer("experts", 32, "Routed experts.")
+_TOP_K = flags.DEFINE_integer("top_k", 4, "Experts a token goes to.")
+_HIDDEN = flags.DEFINE_integer("hidden", 512, "Width of the model.")
+_FFN = flags.DEFINE_integer("ffn", 256, "Width of one expert.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Counted rounds.")
+
+_REPEATS = 2
+
+
+def _swiglu(h: jax.Array) -> jax.Array:
+  gate, up = jnp.split(h, 2, axis=-1)
+  return jax.nn.silu(gate) * up
+
+
+def _blocked_mlp(x_MxD: jax.Array, w_in_ExDxF: jax.Array, w_out_ExFxD: jax.Array, group_sizes_E: jax.Array):
+  return grouped_matmul(_swiglu(grouped_matmul(x_MxD, w_in_ExDxF, group_sizes_E)), w_out_ExFxD, group_sizes_E)
+
+
+def _dense_mlp(x_TxD: jax.Array, w_in_ExDxF: jax.Array, w_out_ExFxD: jax.Array, gate_TxE: jax.Array):
+  h_ExTxF = _swiglu(jnp.einsum("td,edf->etf", x_TxD, w_in_ExDxF))
+  return jnp.einsum("etd,te->td", jnp.einsum("etf,efd->etd", h_ExTxF, w_out_ExFxD), gate_TxE)
+
+
+def _repeated(mlp: Callable[..., jax.Array]) -> Callable[..., Any]:
+  """Forward and backward of mlp, several times in one program, each time from the last one's results."""
+
+  def step(carry, _):
+    x, w_in, w_out = carry
+    y, pull_back = jax.vjp(mlp, x, w_in, w_out)
+    dx, dw_in, dw_out = pull_back(y)
+    return (x + 1e-6 * dx, w_in - 1e-6 * dw_in, w_out - 1e-6 * dw_out), None
+
+  return jax.jit(lambda *arrays: jax.lax.scan(step, arrays, None, length=_REPEATS)[0])
+
+
+def measure() -> dict[str, Any]:
+  """Runs the bench; times in seconds for one forward and backward pass, rates in FLOP/s of ideal work."""
+  tokens, experts, top_k, hidden, ffn = (f.value for f in (_TOKENS, _EXPERTS, _TOP_K, _HIDDEN, _FFN))
+  rng = np.random.default_rng(0)
+  chosen_TxK = np.argsort(rng.random((tokens, experts)), axis=1)[:, :top_k]
+  sizes_E = np.bincount(chosen_TxK.reshape(-1), minlength=experts).astype(np.int32)
+  rows = tokens * top_k
+  gate_TxE = np.zeros((tokens, experts), np.float32)
+  np.put_along_axis(gate_TxE, chosen_TxK, 1.0 / top_k, axis=1)
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+  w_in, w_out = normal(experts, hidden, 2 * ffn) / hidden**0.5, normal(experts, ffn, hidden) / ffn**0.5
+
+  matmul, matmul_flops = plain_matmul()
+  blocked = _repeated(functools.partial(_blocked_mlp, group_sizes_E=jnp.asarray(sizes_E)))
+  dense = _repeated(functools.partial(_dense_mlp, gate_TxE=jnp.asarray(gate_TxE)))
+  x_MxD, x_TxD = normal(rows, hidden), normal(tokens, hidden)
+  seconds = interleaved(
+    {
+      "matmul": matmul,
+      "blocked": lambda: blocked(x_MxD, w_in, w_out),
+      "dense": lambda: dense(x_TxD, w_in, w_out),
+    },
+    _ROUNDS.value,
+  )
+  ideal_flops = 3 * 2 * rows * (hidden * 2 * ffn + ffn * hidden)  # forward once, backward twice
+  return {
+    "device": jax.devices()[0].device_kind,
+    "shape": {"tokens": tokens, "experts": experts, "top_k": top_k, "hidden": hidden, "ffn": ffn},
+    "blocked_seconds": statistics.median(seconds["blocked"]) / _REPEATS,
+    "dense_seconds": statistics.median(seconds["dense"]) / _REPEATS,
+    "matmul_flops_per_second": matmul_flops / statistics.median(seconds["matmul"]),
+    "blocked_flops_per_second": _REPEATS * ideal_flops / statistics.median(seconds["blocked"]),
+    "speedup_over_dense": ratio(seconds, "dense", "blocked"),
+    "fraction_of_matmul_rate": _REPEATS * ideal_flops / matmul_flops * ratio(seconds, "matmul", "blocked"),
+    "padded_over_ideal_rows": padded_rows(sizes_E, rows) / rows,
+  }
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  result = measure()
+  if _JSON.value:
+    print(json.dumps(result))
+    return
+  for name, value in result.items():
+    print(f"{name:26} {value:.4g}" if isinstance(value, float) else f"{name:26} {value}")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,87 @@
+"""The linear log-probability: (hidden, output matrix, target) -> log-probability, log-sum-exp, entropy (decision 10).
+
+Sampling and training share it, with the same temperature and the same mask of ids that can never be drawn, so that the
+log-probability of a token means the same on both sides.
+
+Dimension key: N tokens, H hidden width, V vocabulary.
+"""
+
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from configs.schema import Enum
+from kernels.choice import choose
+from kernels.linear_logprob.reference import LinearLogprob, linear_logprob_reference
+from kernels.linear_logprob.xla_chunked import linear_logprob_chunked
+
+
+class Implementation(Enum):
+  REFERENCE = "reference"  # all logits in memory
+  XLA_CHUNKED = "xla_chunked"  # tiles of tokens times vocabulary, hand-written VJP
+
+
+_FUNCTIONS = {
+  Implementation.REFERENCE: linear_logprob_reference,
+  Implementation.XLA_CHUNKED: linear_logprob_chunked,
+}
+
+
+def linear_logprob(
+  hidden_NxH: jax.Array,
+  weight_HxV: jax.Array,
+  targets_N: jax.Array,
+  *,
+  temperature: float | jax.Array = 1.0,
+  vocab_mask: jax.Array | None = None,
+  implementation: Implementation | str | None = None,
+) -> LinearLogprob:
+  """Scores target tokens; differentiable in hidden and weight through all three results.
+
+  Args:
+    hidden_NxH: final hidden states, floating point.
+    weight_HxV: the output matrix (lm_head, transposed to [hidden, vocabulary]), floating point.
+    targets_N: integer ids.  An id outside the vocabulary gets logp -inf, like one that is masked.
+    temperature: > 0, a number or one a token [N]; the logits are divided by it.  Not differentiated.
+    vocab_mask: bool [V]; False: an id that can never be drawn.  It has no part in lse and entropy, and its column of
+      weight gets zero gradient.  At least one id must be True.
+    implementation: None means `xla_chunked`.
+
+  Returns:
+    LinearLogprob(logp, lse, entropy), float32 [N] each (float64 if hidden or weight is), of the distribution after
+    temperature and mask.  Logits are float32 whatever the dtype of the arguments.
+
+  Raises:
+    ConfigError: unknown implementation.
+    ValueError: shapes or dtypes that do not fit together, a temperature that is not positive.
+  """
+  chosen = choose(implementation, Implementation.XLA_CHUNKED, "linear_logprob")
+  if hidden_NxH.ndim != 2 or weight_HxV.ndim != 2 or hidden_NxH.shape[1] != weight_HxV.shape[0]:
+    raise ValueError(
+      f"linear_logprob: hidden {hidden_NxH.shape} and weight {weight_HxV.shape}: expected [N, H] and [H, V]"
+    )
+  num_tokens, vocab_size = hidden_NxH.shape[0], weight_HxV.shape[1]
+  if targets_N.shape != (num_tokens,) or not jnp.issubdtype(targets_N.dtype, jnp.integer):
+    raise ValueError(
+      f"linear_logprob: targets {targets_N.dtype}{list(targets_N.shape)}: expected integers [{num_tokens}]"
+    )
+  if vocab_mask is not None and (vocab_mask.shape != (vocab_size,) or vocab_mask.dtype != bool):
+    raise ValueError(
+      f"linear_logprob: vocab_mask {vocab_mask.dtype}{list(vocab_mask.shape)}: expected bool [{vocab_size}]"
+    )
+  temperature_N = _temperature(temperature, num_tokens)
+  return _FUNCTIONS[chosen](hidden_NxH, weight_HxV, targets_N, temperature_N, vocab_mask)
+
+
+def _temperature(temperature: float | jax.Array, num_tokens: int) -> jax.Array | None:
+  """One temperature a token, or None where there is nothing to divide by."""
+  if isinstance(temperature, numbers.Real):
+    if not temperature > 0:
+      raise ValueError(f"linear_logprob: temperature={temperature}: must be > 0")
+    if temperature == 1:
+      return None
+  temperature = jnp.asarray(temperature, jnp.float32)
+  if temperature.shape not in ((), (num_tokens,)):
+    raise ValueError(f"linear_logprob: temperature {list(temperature.shape)}: a number or one a token [{num_tokens}]")
+  return jax.lax.stop_gradient(jnp.broadcast_to(temperature, (num_tokens,)))
