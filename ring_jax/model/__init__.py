@@ -1,0 +1,28 @@
+"""The Ling 2.0 / Ring 2.0 mixture-of-experts model."""
+
+from ring_jax.model.api import (
+  Params,
+  abstract_params,
+  decode_step,
+  forward,
+  init_params,
+  is_router_bias,
+  num_params,
+)
+from ring_jax.model.attention import KVCache, init_cache
+from ring_jax.model.router import updated_bias
+from ring_jax.model.transformer import ForwardOutput
+
+__all__ = [
+  "ForwardOutput",
+  "KVCache",
+  "Params",
+  "abstract_params",
+  "decode_step",
+  "forward",
+  "init_cache",
+  "init_params",
+  "is_router_bias",
+  "num_params",
+  "updated_bias",
+]

@@ -1,0 +1,98 @@
+"""The model as functions over a parameter tree: nested dicts of arrays, layers stacked on axis 0.
+
+    embed.embedding [V, D]     final_norm.scale [D]     lm_head.kernel [D, V]
+    dense_layers, moe_layers:  input_norm, attention.{wq, wk, wv, wo, q_norm, k_norm}, post_norm, and
+                               mlp.{gate, up, down}  or  moe.{router.{kernel, bias}, experts.{gate_up, down}, shared}
+    mtp:                       enorm, hnorm, eh_proj, block (one MoE layer, not stacked), final_norm
+
+A part whose count is 0 is absent.  Dimension key: B rows or slots, T positions, D hidden, V vocabulary.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from configs.schema import ModelConfig
+from ring_jax.model.attention import KVCache
+from ring_jax.model.transformer import ForwardOutput, RingModel
+
+Params = dict[str, Any]
+
+
+@functools.cache
+def _structure(config: ModelConfig):
+  """Graph definition and abstract state of the model; nothing is allocated."""
+  return nnx.split(nnx.eval_shape(lambda: RingModel(config, nnx.Rngs(params=0))))
+
+
+def _merge(config: ModelConfig, params: Params) -> RingModel:
+  graph, abstract = _structure(config)
+  state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one must stay abstract
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graph, state)
+
+
+def abstract_params(config: ModelConfig) -> Params:
+  """The parameter tree as `jax.ShapeDtypeStruct`s."""
+  return nnx.to_pure_dict(_structure(config)[1])
+
+
+def num_params(config: ModelConfig) -> int:
+  """Parameters of the model, selection biases included."""
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+  """Random parameters: N(0, initializer_range) weights, norms 1, selection biases 0."""
+
+  @jax.jit
+  def init():
+    return nnx.to_pure_dict(nnx.state(RingModel(config, nnx.Rngs(params=seed))))
+
+  return init()
+
+
+def is_router_bias(path: tuple) -> bool:
+  """Whether a key path (as of `jax.tree_util`) names a selection bias, which no gradient may move."""
+  names = [getattr(key, "key", key) for key in path]
+  return names[-2:] == ["router", "bias"]
+
+
+def forward(
+  config: ModelConfig,
+  params: Params,
+  tokens_BxT: jax.Array,
+  positions_BxT: jax.Array | None = None,
+  segment_ids_BxT: jax.Array | None = None,
+  *,
+  return_kv: bool = False,
+  mtp: bool = True,
+) -> ForwardOutput:
+  """Runs the model on rows of packed sequences.
+
+  Args:
+    tokens_BxT: int token ids.
+    positions_BxT: positions within each sequence; default: 0, 1, ... along the row.
+    segment_ids_BxT: which sequence of its row a token belongs to; 0 is padding.  Default: one sequence a row.
+    return_kv: also return keys and values of all layers (a prefill).
+    mtp: whether to run the MTP layer where the model has one.
+  """
+  if positions_BxT is None:
+    positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
+  if segment_ids_BxT is None:
+    segment_ids_BxT = jnp.ones(tokens_BxT.shape, jnp.int32)
+  return _merge(config, params)(tokens_BxT, positions_BxT, segment_ids_BxT, return_kv=return_kv, mtp=mtp)
+
+
+def decode_step(
+  config: ModelConfig, params: Params, tokens_B: jax.Array, positions_B: jax.Array, active_B: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+  """One token for every slot: writes its keys and values at `positions_B`; returns (hidden [B, D], cache).
+
+  Slots that are not active cost no expert work; what they return is meaningless but finite.
+  """
+  return _merge(config, params).decode(tokens_B, positions_B, active_B, cache)

@@ -1,0 +1,173 @@
+"""The Ling 2.0 / Ring 2.0 transformer (reference notes, bailing_moe_v2.md section 3).
+
+    x = embed(tokens)
+    first_k_dense_replace layers:   x += attn(norm x); x += mlp(norm x)
+    the other layers:               x += attn(norm x); x += moe(norm x)
+    hidden = norm(x);   logits, log-probs and samples are ops over (hidden, lm_head)
+    optional MTP layer:             hidden_t and the next token's embedding give the hidden state that predicts t + 2
+
+Layers of one kind are stacked on a leading axis and scanned, so that an 80-layer model compiles like a 2-layer one.
+Flax NNX holds the structure; the world outside sees a nested dict of arrays (architecture decision 2).
+
+Dimension key: B rows or slots, T positions, D hidden, L layers, E experts, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from configs.schema import ModelConfig, Remat
+from ring_jax.model.attention import Attention, KVCache
+from ring_jax.model.layers import MLP, RMSNorm, normal, rotary_tables
+from ring_jax.model.moe import MoE
+
+_REMAT_POLICY = {Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable, Remat.FULL: None}
+
+
+class ForwardOutput(NamedTuple):
+  hidden_BxTxD: jax.Array  # after the final norm
+  mtp_hidden_BxTxD: jax.Array | None  # after the MTP layer's final norm; the lm_head applies to it too
+  expert_counts_LxE: jax.Array  # int32: tokens each expert of each MoE layer got (the MTP layer not included)
+  kv: KVCache | None  # keys and values of the tokens given, where asked for; S = T
+
+
+class Block(nnx.Module):
+  """One layer, dense or MoE (section 3.2)."""
+
+  def __init__(self, config: ModelConfig, moe: bool, rngs: nnx.Rngs):
+    self.input_norm = RMSNorm(config, config.hidden_size)
+    self.attention = Attention(config, rngs)
+    self.post_norm = RMSNorm(config, config.hidden_size)
+    if moe:
+      self.moe = MoE(config, rngs)
+    else:
+      self.mlp = MLP(config, config.intermediate_size, rngs)
+
+  def _feed_forward(self, x_BxTxD, valid_BxT):
+    with jax.named_scope("feed_forward"):
+      if hasattr(self, "moe"):
+        out_BxTxD, counts_E = self.moe(self.post_norm(x_BxTxD), valid_BxT)
+      else:
+        out_BxTxD, counts_E = self.mlp(self.post_norm(x_BxTxD)), None
+      return x_BxTxD + out_BxTxD, counts_E
+
+  def __call__(self, x_BxTxD, rotary, mask_BxTxT, valid_BxT):
+    with jax.named_scope("attention"):
+      out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, mask_BxTxT)
+    x_BxTxD, counts_E = self._feed_forward(x_BxTxD + out_BxTxD, valid_BxT)
+    return x_BxTxD, counts_E, kv
+
+  def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer):
+    with jax.named_scope("attention"):
+      out_Bx1xD, cache = self.attention.decode(self.input_norm(x_Bx1xD), rotary, positions_B, active_B, cache, layer)
+    x_Bx1xD, _ = self._feed_forward(x_Bx1xD + out_Bx1xD, active_B[:, None])
+    return x_Bx1xD, cache
+
+
+class Embedding(nnx.Module):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.embedding = normal(config, rngs, config.vocab_size, config.hidden_size)
+    self.dtype = config.dtype
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    return self.embedding[...][tokens].astype(self.dtype)
+
+
+class Projection(nnx.Module):
+  """A bare weight [in, out]."""
+
+  def __init__(self, config: ModelConfig, rows: int, columns: int, rngs: nnx.Rngs):
+    self.kernel = normal(config, rngs, rows, columns)
+
+
+class MTPLayer(nnx.Module):
+  """Multi-token prediction, depth 1 (section 3.9): embedding first, then hidden; same mask, same positions."""
+
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    D = config.hidden_size
+    self.enorm, self.hnorm = RMSNorm(config, D), RMSNorm(config, D)
+    self.eh_proj = Projection(config, 2 * D, D, rngs)
+    self.block = Block(config, moe=True, rngs=rngs)
+    self.final_norm = RMSNorm(config, D)
+
+  def __call__(self, embedded_BxTxD, hidden_BxTxD, rotary, mask_BxTxT, valid_BxT):
+    both_BxTx2D = jnp.concatenate([self.enorm(embedded_BxTxD), self.hnorm(hidden_BxTxD)], axis=-1)
+    x_BxTxD = both_BxTx2D @ self.eh_proj.kernel[...].astype(both_BxTx2D.dtype)
+    x_BxTxD, _, _ = self.block(x_BxTxD, rotary, mask_BxTxT, valid_BxT)
+    return self.final_norm(x_BxTxD)
+
+
+class RingModel(nnx.Module):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.config = config
+    self.embed = Embedding(config, rngs)
+    if config.first_k_dense_replace:
+      self.dense_layers = _stack(config, False, config.first_k_dense_replace, rngs)
+    if config.num_moe_layers:
+      self.moe_layers = _stack(config, True, config.num_moe_layers, rngs)
+    self.final_norm = RMSNorm(config, config.hidden_size)
+    self.lm_head = Projection(config, config.hidden_size, config.vocab_size, rngs)
+    if config.num_nextn_predict_layers:
+      self.mtp = MTPLayer(config, rngs)
+
+  def _stacks(self) -> list[Block]:
+    return [getattr(self, name) for name in ("dense_layers", "moe_layers") if hasattr(self, name)]
+
+  def __call__(self, tokens_BxT, positions_BxT, segment_ids_BxT, *, return_kv: bool, mtp: bool) -> ForwardOutput:
+    valid_BxT = segment_ids_BxT > 0
+    mask_BxTxT = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]) & (
+      positions_BxT[:, :, None] >= positions_BxT[:, None, :]
+    )
+    rotary = rotary_tables(self.config, positions_BxT)
+    x_BxTxD = self.embed(tokens_BxT)
+    counts, caches = [jnp.zeros((0, self.config.num_experts), jnp.int32)], []
+    for stack in self._stacks():
+      graph, stacked = nnx.split(stack)
+
+      def layer(x, params, graph=graph):
+        x, counts_E, kv = nnx.merge(graph, params)(x, rotary, mask_BxTxT, valid_BxT)
+        return x, (counts_E, kv if return_kv else None)
+
+      if self.config.remat is not Remat.NONE:
+        layer = jax.checkpoint(layer, policy=_REMAT_POLICY[self.config.remat])
+      x_BxTxD, (counts_LxE, kv) = jax.lax.scan(layer, x_BxTxD, stacked)
+      if counts_LxE is not None:
+        counts.append(counts_LxE)
+      if return_kv:
+        caches.append(KVCache(*kv))
+    hidden_BxTxD = self.final_norm(x_BxTxD)
+    mtp_hidden = None
+    if mtp and self.config.num_nextn_predict_layers:
+      following_BxT = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))  # the last position is filled with id 0
+      mtp_hidden = self.mtp(self.embed(following_BxT), hidden_BxTxD, rotary, mask_BxTxT, valid_BxT)
+    kv = KVCache(*(jnp.concatenate(part) for part in zip(*caches, strict=True))) if return_kv else None
+    return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv)
+
+  def decode(self, tokens_B, positions_B, active_B, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    rotary = rotary_tables(self.config, positions_B[:, None])
+    carry = (self.embed(tokens_B[:, None]), cache)
+    first = 0
+    for stack in self._stacks():
+      graph, stacked = nnx.split(stack)
+
+      def layer(carry, scanned, graph=graph):
+        params, index = scanned
+        return nnx.merge(graph, params).decode(carry[0], rotary, positions_B, active_B, carry[1], index), None
+
+      depth = jax.tree.leaves(stacked)[0].shape[0]
+      # The cache is carried, not scanned over: as a carry it is updated in place.
+      carry, _ = jax.lax.scan(layer, carry, (stacked, jnp.arange(first, first + depth)))
+      first += depth
+    x_Bx1xD, cache = carry
+    return self.final_norm(x_Bx1xD)[:, 0], cache
+
+
+def _stack(config: ModelConfig, moe: bool, depth: int, rngs: nnx.Rngs) -> Block:
+  @nnx.split_rngs(splits=depth)
+  @nnx.vmap(in_axes=(0,), out_axes=0)
+  def make(rngs):
+    return Block(config, moe, rngs)
+
+  return make(rngs)

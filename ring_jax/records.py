@@ -1,0 +1,45 @@
+"""The records that travel on the host side, from the scheduler to the training batch (architecture decision 8).
+
+Plain data: no JAX, no arrays.  Everything here turns into JSON and back without loss.
+"""
+
+import dataclasses
+from typing import Any
+
+from configs.schema import Enum
+
+
+class FinishReason(Enum):
+  STOP = "stop"  # the model ended its turn
+  LENGTH = "length"  # the answer reached its limit
+  PURGED = "purged"  # unfinished for longer than the retention limit
+  ABORTED = "aborted"  # taken away by the caller
+
+
+@dataclasses.dataclass
+class Rollout:
+  """One answer to one prompt, as it grows, possibly over several weight versions."""
+
+  uid: int  # unique in a run; with the position it keys the randomness (architecture decision 6)
+  group: int  # uid of the group: the G answers to one prompt
+  problem: int  # index of the problem in its task's training order
+  prompt: list[int]  # token ids
+  tokens: list[int] = dataclasses.field(default_factory=list)  # sampled so far
+  logps: list[float] = dataclasses.field(default_factory=list)  # one a token, of the distribution it was drawn from
+  versions: list[int] = dataclasses.field(default_factory=list)  # one a token: the weights that sampled it
+  finish_reason: FinishReason | None = None  # None while unfinished
+  reward: float | None = None  # None until scored
+  retention: int = 0  # iterations it has survived unfinished
+
+  def to_dict(self) -> dict[str, Any]:
+    """Plain data that shares nothing with the record."""
+    data = {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+    data["finish_reason"] = None if self.finish_reason is None else self.finish_reason.value
+    return data
+
+  @classmethod
+  def from_dict(cls, data: dict[str, Any]) -> "Rollout":
+    data = dict(data)
+    if data["finish_reason"] is not None:
+      data["finish_reason"] = FinishReason(data["finish_reason"])
+    return cls(**data)
