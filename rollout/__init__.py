@@ -1,0 +1,1 @@
+"""Engine, sampling, C3PO++ scheduler and driver."""

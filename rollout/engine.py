@@ -1,0 +1,292 @@
+"""The rollout engine: continuous batching over slots, behind JetStream's Engine API (architecture decision 7).
+
+    prefill: prompts -> keys and values                    (shape buckets: a power of two of positions, a fixed batch)
+    insert:  one prefilled row -> any number of slots      (a group's G slots share one prefill)
+    decode:  k steps for all slots in one dispatch         (a slot that ends stays silent for the rest of the dispatch)
+
+The decode step is forward-then-sample: a slot holds its last token, whose keys and values are not in the cache yet.
+So a token is drawn wholly from the weights that the step was given, and that version is what is recorded with it.
+
+Weights are arguments of every call (decision 5); they come packed by `rollout.weights`.  `prefill`, `insert` and
+`generate` are JetStream's methods and do the same for one prompt, one slot and one step.
+
+Dimension key: B slots, P prompts of one prefill, T positions of a bucket, I insertions, N steps, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.schema import ModelConfig, RolloutConfig
+from ring_jax import model as ring_model
+from ring_jax.model import KVCache
+from rollout import weights
+from rollout.jetstream_compat import engine_api, tokenizer_pb2
+from rollout.sampling import SamplingParams, sample
+
+_SMALLEST_BUCKET = 16
+
+
+class Prefix(NamedTuple):
+  """What a prefill leaves: P prompts, ready to be inserted."""
+
+  kv: KVCache  # [L, P, ..., T]
+  last_token_P: jax.Array  # int32
+  length_P: jax.Array  # int32
+
+
+class DecodeState(NamedTuple):
+  """Everything a decode step reads and writes; one entry a slot."""
+
+  cache: KVCache  # [L, B, ..., S]
+  token_B: jax.Array  # int32: the last token, not yet in the cache
+  position_B: jax.Array  # int32: the position it will take
+  remaining_B: jax.Array  # int32: how many tokens the slot may still draw; 0: idle
+  generated_B: jax.Array  # int32: how many it has drawn since it was inserted
+  uid_B: jax.Array  # uint32
+  sampling: SamplingParams
+
+
+class Decoded(NamedTuple):
+  """What N steps drew; entries of silent slots are not valid."""
+
+  token_NxB: jax.Array  # int32
+  logp_NxB: jax.Array  # float32
+  valid_NxB: jax.Array  # bool
+
+
+class Sampling(NamedTuple):
+  """How one slot draws."""
+
+  temperature: float
+  top_p: float
+  top_k: int
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Insertion:
+  """One slot to fill from row `row` of a prefix."""
+
+  row: int
+  slot: int
+  uid: int
+  max_tokens: int  # it may draw
+  sampling: Sampling | None = None  # None: as the engine's config says
+
+
+class RingEngine(engine_api.Engine):
+  """Decodes `slots` sequences at once.
+
+  Args:
+    model: the architecture; the engine's compute dtype follows `config.dtype`.
+    config: slots, lengths, sampling, weight dtype.
+    eos_ids: tokens that end a sequence (they are drawn and recorded).
+    vocab_mask_V: bool [vocab_size]; False for ids that can never be drawn.
+    seed: of the samples.
+    tokenizer_path: told to JetStream clients; the engine itself sees token ids only.
+  """
+
+  def __init__(
+    self,
+    model: ModelConfig,
+    config: RolloutConfig,
+    *,
+    eos_ids: Sequence[int],
+    vocab_mask_V: np.ndarray,
+    seed: int,
+    tokenizer_path: str = "",
+  ):
+    if vocab_mask_V.shape != (model.vocab_size,):
+      raise ValueError(f"vocab_mask_V has shape {vocab_mask_V.shape}, the model has {model.vocab_size} ids")
+    self.config = config
+    self.model = dataclasses.replace(model, dtype=weights.compute_dtype(config.dtype, model.dtype))
+    self.eos_ids = frozenset(eos_ids)
+    self._eos = jnp.asarray(sorted(eos_ids), jnp.int32)
+    self._mask_V = jnp.asarray(vocab_mask_V)
+    self._sampling = Sampling(config.temperature, config.top_p, config.top_k, seed)
+    self._tokenizer_path = tokenizer_path
+    # Rounded up, so that caches of nearby settings share a compiled program and a bucket never exceeds the cache.
+    self._length = _bucket(config.max_len)
+    self._prefill = jax.jit(self._prefill_fn)
+    self._insert = jax.jit(self._insert_fn, donate_argnums=1)
+    self._decode = jax.jit(self._decode_fn, donate_argnums=1, static_argnums=2)
+    self._pack = jax.jit(functools.partial(weights.pack, dtype=config.dtype))
+
+  # ---- weights and state
+
+  def load_params(self, params: ring_model.Params) -> dict[str, Any]:
+    """The trainer's parameters as this engine stores them."""
+    return self._pack(params)
+
+  def init_decode_state(self) -> DecodeState:
+    B = self.config.slots
+
+    def each(dtype, value=0):  # a buffer of its own for every field: the state is donated
+      return jnp.full((B,), value, dtype)
+
+    return DecodeState(
+      cache=ring_model.init_cache(self.model, B, self._length),
+      token_B=each(jnp.int32),
+      position_B=each(jnp.int32),
+      remaining_B=each(jnp.int32),
+      generated_B=each(jnp.int32),
+      uid_B=each(jnp.uint32),
+      sampling=SamplingParams(each(jnp.float32, 1.0), each(jnp.float32, 1.0), each(jnp.int32), each(jnp.uint32)),
+    )
+
+  def release(self, state: DecodeState, running: Iterable[int] = ()) -> DecodeState:
+    """Every slot that is not among `running` falls idle; what its cache holds will be overwritten."""
+    running_B = np.zeros((self.config.slots,), bool)
+    running_B[list(running)] = True
+    return state._replace(remaining_B=jnp.where(running_B, state.remaining_B, 0))
+
+  # ---- many at once: what the rollout driver calls
+
+  def prefill_batch(self, params: dict[str, Any], prompts: Sequence[Sequence[int]]) -> Prefix:
+    """Keys and values of up to `prefill_batch` token sequences, each at least one token long."""
+    rows = self.config.prefill_batch
+    if not 0 < len(prompts) <= rows:
+      raise ValueError(f"{len(prompts)} prompts: a prefill takes from 1 to {rows}")
+    longest = max(map(len, prompts))
+    if not 0 < min(map(len, prompts)) <= longest <= self._length:
+      raise ValueError(f"prompts of {min(map(len, prompts))} to {longest} tokens: from 1 to {self._length} fit")
+    tokens_PxT = np.zeros((rows, _bucket(longest)), np.int32)
+    lengths_P = np.ones((rows,), np.int32)  # rows without a prompt hold one padding token and are never inserted
+    for row, prompt in enumerate(prompts):
+      tokens_PxT[row, : len(prompt)] = prompt
+      lengths_P[row] = len(prompt)
+    return self._prefill(params, tokens_PxT, lengths_P)
+
+  def insert_batch(self, prefix: Prefix, state: DecodeState, insertions: Sequence[Insertion]) -> DecodeState:
+    """Fills slots from a prefix; a row may go to several slots."""
+    size = _bucket(len(insertions), smallest=8)
+    # Columns without an insertion name a slot beyond the last: the scatter drops them.
+    padding = Insertion(row=0, slot=self.config.slots, uid=0, max_tokens=0)
+    columns = [*insertions, *[padding] * (size - len(insertions))]
+    draws = zip(*(column.sampling or self._sampling for column in columns), strict=True)
+    return self._insert(
+      prefix,
+      state,
+      np.asarray([column.row for column in columns], np.int32),
+      np.asarray([column.slot for column in columns], np.int32),
+      np.asarray([column.uid for column in columns], np.uint32),
+      np.asarray([column.max_tokens for column in columns], np.int32),
+      SamplingParams(*map(np.asarray, draws, (np.float32, np.float32, np.int32, np.uint32))),
+    )
+
+  def decode(self, params: dict[str, Any], state: DecodeState, steps: int) -> tuple[DecodeState, Decoded]:
+    """`steps` decode steps of all slots."""
+    return self._decode(params, state, steps)
+
+  # ---- JetStream's Engine API
+
+  def prefill(self, *, params, existing_prefix=None, padded_tokens, true_length: int) -> Prefix:
+    """One prompt; `padded_tokens` [T], of which `true_length` count."""
+    if existing_prefix is not None:
+      raise ValueError("existing_prefix: this engine prefills whole prompts only")
+    return self.prefill_batch(params, [np.asarray(padded_tokens)[:true_length].tolist()])
+
+  def insert(self, prefix: Prefix, decode_state: DecodeState, slot: int) -> DecodeState:
+    """Row 0 of the prefix into one slot, which may draw until its cache is full."""
+    room = int(self._length - prefix.length_P[0])
+    return self.insert_batch(prefix, decode_state, [Insertion(row=0, slot=slot, uid=slot, max_tokens=room)])
+
+  def generate(self, params, decode_state: DecodeState) -> tuple[DecodeState, engine_api.ResultTokens]:
+    """One step; per slot: token, whether it is valid, tokens drawn so far."""
+    state, drawn = self.decode(params, decode_state, 1)
+    data_Bx3 = jnp.stack([drawn.token_NxB[0], drawn.valid_NxB[0].astype(jnp.int32), state.generated_B], axis=1)
+    return state, engine_api.ResultTokens(
+      data=data_Bx3, tokens_idx=(0, 1), valid_idx=(1, 2), length_idx=(2, 3), samples_per_slot=1
+    )
+
+  def get_prefix_destination_sharding(self) -> Any:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:
+    return tokenizer_pb2.TokenizerParameters(path=self._tokenizer_path)
+
+  @property
+  def max_concurrent_decodes(self) -> int:
+    return self.config.slots
+
+  @property
+  def samples_per_slot(self) -> int:
+    return 1
+
+  @property
+  def max_prefill_length(self) -> int:
+    return self._length
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
+
+  @property
+  def colocated_cpus(self) -> None:
+    return None
+
+  # ---- the three programs
+
+  def _prefill_fn(self, params, tokens_PxT, lengths_P) -> Prefix:
+    segments_PxT = (jnp.arange(tokens_PxT.shape[1]) < lengths_P[:, None]).astype(jnp.int32)
+    out = ring_model.forward(
+      self.model, weights.unpack(params, self.model.dtype), tokens_PxT, segment_ids_BxT=segments_PxT,
+      return_kv=True, mtp=False,
+    )  # fmt: skip
+    last_P = jnp.take_along_axis(tokens_PxT, lengths_P[:, None] - 1, axis=1)[:, 0]
+    return Prefix(out.kv, last_P, lengths_P)
+
+  def _insert_fn(self, prefix: Prefix, state: DecodeState, row_I, slot_I, uid_I, limit_I, sampling_I) -> DecodeState:
+    T = prefix.kv.v_LxBxKxSxd.shape[3]
+
+    def put(values_B, new_I):
+      return values_B.at[slot_I].set(new_I, mode="drop")
+
+    cache = KVCache(
+      state.cache.k_LxBxKxdxS.at[:, slot_I, :, :, :T].set(prefix.kv.k_LxBxKxdxS[:, row_I], mode="drop"),
+      state.cache.v_LxBxKxSxd.at[:, slot_I, :, :T].set(prefix.kv.v_LxBxKxSxd[:, row_I], mode="drop"),
+    )
+    return DecodeState(
+      cache=cache,
+      token_B=put(state.token_B, prefix.last_token_P[row_I]),
+      position_B=put(state.position_B, prefix.length_P[row_I] - 1),
+      remaining_B=put(state.remaining_B, limit_I),
+      generated_B=put(state.generated_B, 0),
+      uid_B=put(state.uid_B, uid_I),
+      sampling=jax.tree.map(put, state.sampling, sampling_I),
+    )
+
+  def _decode_fn(self, stored, state: DecodeState, steps: int) -> tuple[DecodeState, Decoded]:
+    params = weights.unpack(stored, self.model.dtype)
+
+    def step(state: DecodeState, _):
+      active_B = state.remaining_B > 0
+      hidden_BxD, cache = ring_model.decode_step(
+        self.model, params, state.token_B, state.position_B, active_B, state.cache
+      )
+      token_B, logp_B = sample(
+        hidden_BxD, params["lm_head"]["kernel"], self._mask_V, state.sampling, state.uid_B, state.position_B + 1
+      )
+      ended_B = (token_B[:, None] == self._eos).any(axis=-1)
+      moved = active_B.astype(jnp.int32)
+      state = state._replace(
+        cache=cache,
+        token_B=jnp.where(active_B, token_B, state.token_B),
+        position_B=state.position_B + moved,
+        remaining_B=jnp.where(active_B & ~ended_B, state.remaining_B - 1, 0),
+        generated_B=state.generated_B + moved,
+      )
+      return state, Decoded(token_B, logp_B, active_B)
+
+    return jax.lax.scan(step, state, length=steps)
+
+
+def _bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:
+  """The next power of two: few shapes, so few compilations."""
+  return max(smallest, 1 << (size - 1).bit_length())

@@ -1,0 +1,104 @@
+"""Drawing tokens, and the log-probability of the distribution they were drawn from.
+
+    logits = hidden @ lm_head / temperature, float32; ids that may not be drawn get -inf
+    top-k, then top-p, where a slot asks for them: what they cut gets -inf too
+    logp = log softmax of what is left
+
+With neither top-k nor top-p this is the distribution that `kernels.linear_logprob` scores, with the same mask and the
+same temperature (architecture decision 4).
+
+A token's randomness is one uniform number keyed by (seed, rollout uid, position), and the token is found by inverting
+the distribution function: a rollout's samples do not depend on its slot, on the batch around it, or on a restart
+(architecture decision 6).  The inversion works in two levels, blocks first, which is faster than Gumbel noise over the
+vocabulary and loses less to rounding than one long cumulative sum (cpu_speed.md section 4).
+
+Dimension key: B slots, D hidden, V vocabulary, C blocks, W block width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_BLOCK = 128
+
+
+class SamplingParams(NamedTuple):
+  """One entry a slot."""
+
+  temperature_B: jax.Array  # float32, > 0
+  top_p_B: jax.Array  # float32, 1: off
+  top_k_B: jax.Array  # int32, 0: off
+  seeds_B: jax.Array  # uint32
+
+
+def sample(
+  hidden_BxD: jax.Array,
+  lm_head_DxV: jax.Array,
+  vocab_mask_V: jax.Array,
+  params: SamplingParams,
+  uids_B: jax.Array,
+  positions_B: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Draws one token a slot; returns (tokens [B] int32, logps [B] float32).
+
+  Args:
+    vocab_mask_V: bool; False for ids that can never be drawn.
+    uids_B: uint32 rollout uids.
+    positions_B: the position in its sequence that the token will take.
+  """
+  logits_BxV = jnp.dot(hidden_BxD, lm_head_DxV.astype(hidden_BxD.dtype), preferred_element_type=jnp.float32)
+  logits_BxV = jnp.where(vocab_mask_V, logits_BxV / params.temperature_B[:, None], -jnp.inf)
+  cut = (params.top_p_B < 1.0) | (params.top_k_B > 0)
+  logits_BxV = jax.lax.cond(
+    cut.any(), lambda logits: _truncate(logits, params.top_p_B, params.top_k_B), lambda logits: logits, logits_BxV
+  )
+  logps_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
+  tokens_B = _invert(jnp.exp(logps_BxV), _uniform(params.seeds_B, uids_B, positions_B))
+  return tokens_B, jnp.take_along_axis(logps_BxV, tokens_B[:, None], axis=-1)[:, 0]
+
+
+def _uniform(seeds_B, uids_B, positions_B):
+  def one(seed, uid, position):
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), uid), position)
+    return jax.random.uniform(key, dtype=jnp.float32)
+
+  return jax.vmap(one)(seeds_B, uids_B, positions_B)
+
+
+def _truncate(logits_BxV, top_p_B, top_k_B):
+  """-inf outside of the top-k and then of the smallest set whose mass reaches top-p (its best token always stays)."""
+  V = logits_BxV.shape[-1]
+  sorted_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
+  k_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)
+  sorted_BxV = jnp.where(jnp.arange(V) < k_B[:, None], sorted_BxV, -jnp.inf)
+  probs_BxV = jax.nn.softmax(sorted_BxV, axis=-1)
+  mass_before_BxV = jnp.cumsum(probs_BxV, axis=-1) - probs_BxV
+  inside_BxV = (mass_before_BxV < top_p_B[:, None]) & jnp.isfinite(sorted_BxV)
+  lowest_B = jnp.min(jnp.where(inside_BxV, sorted_BxV, jnp.inf), axis=-1)
+  return jnp.where(logits_BxV >= lowest_B[:, None], logits_BxV, -jnp.inf)
+
+
+def _invert(probs_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
+  """The first token whose distribution function exceeds the uniform number; never one of probability 0."""
+  B, V = probs_BxV.shape
+  blocks_BxCxW = jnp.pad(probs_BxV, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+  mass_BxC = blocks_BxCxW.sum(axis=-1)
+  block_B, rest_B = _first_above(mass_BxC, uniform_B * mass_BxC.sum(axis=-1))
+  inside_BxW = jnp.take_along_axis(blocks_BxCxW, block_B[:, None, None], axis=1)[:, 0]
+  token_B, _ = _first_above(inside_BxW, rest_B)
+  return (block_B * _BLOCK + token_B).astype(jnp.int32)
+
+
+def _first_above(mass_BxN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """(first index with mass whose cumulative mass exceeds the target, what is left of the target there).
+
+  Rounding may leave the target at or above the total: then the last index that has mass is meant.
+  """
+  cdf_BxN = jnp.cumsum(mass_BxN, axis=-1)
+  N = mass_BxN.shape[-1]
+  last_B = N - 1 - jnp.argmax(mass_BxN[:, ::-1] > 0, axis=-1)
+  above_BxN = (cdf_BxN > target_B[:, None]) & (mass_BxN > 0)
+  index_B = jnp.where(above_BxN.any(axis=-1), jnp.argmax(above_BxN, axis=-1), last_B)
+  picked = lambda values: jnp.take_along_axis(values, index_B[:, None], axis=-1)[:, 0]  # noqa: E731
+  return index_B, jnp.maximum(target_B - (picked(cdf_BxN) - picked(mass_BxN)), 0.0)
