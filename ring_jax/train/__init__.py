@@ -1,0 +1,1 @@
+"""The loops: cold start and RL, and what a person sees of them."""

@@ -1,0 +1,61 @@
+"""What a run needs before its first step: the tokenizer, the problems, and weights to start from."""
+
+import dataclasses
+import pathlib
+
+from configs.schema import ModelConfig, RolloutConfig, TaskConfig, TokenizerConfig, require
+from ring_jax.checkpoint.resolve import open_checkpoint
+from ring_jax.data.tasks import TaskSet, token_limits
+from ring_jax.data.tokenizer import Tokenizer
+from ring_jax.model import Params, init_params
+
+# Fields of the model config that say how it is computed, not what: a checkpoint may differ in them.
+_COMPUTED_HOW = ("dtype", "param_dtype", "remat", "initializer_range", "max_position_embeddings")
+
+
+def prepare_tokenizer(config: TokenizerConfig, init: str, tasks: TaskSet, built: pathlib.Path) -> Tokenizer:
+  """The tokenizer that the config names; else the one beside the initial checkpoint; else one built and kept at `built`.
+
+  Args:
+    init: the run's initial checkpoint; may be empty.
+    built: where a run keeps the tokenizer that it built.
+  """
+  beside = pathlib.Path(init) / "tokenizer.json" if init else None
+  if config.path:
+    return Tokenizer.load(config.path)
+  if beside is not None and beside.is_file():
+    return Tokenizer.load(beside)
+  require(not init, f"tokenizer.path: {init} brings no tokenizer.json, so this must name one")
+  if not built.exists():
+    Tokenizer.build(tasks.corpus(), config.merges).save(built)
+  return Tokenizer.load(built)
+
+
+def prepare_tasks(
+  task: TaskConfig, template: TokenizerConfig, rollout: RolloutConfig, seed: int, init: str, built: pathlib.Path
+) -> tuple[Tokenizer, TaskSet]:
+  """Tokenizer and problems, those left out that do not fit the rollout's lengths."""
+  tasks = TaskSet(task, template, seed)
+  tokenizer = prepare_tokenizer(template, init, tasks, built)
+  return tokenizer, tasks.filtered(token_limits(tokenizer, rollout.max_prompt_tokens, rollout.max_tokens))
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
+  require(
+    tokenizer.vocab_size <= model.vocab_size,
+    f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids",
+  )
+
+
+def initial_params(model: ModelConfig, init: str, seed: int) -> Params:
+  """Weights of the initial checkpoint in the model's `param_dtype`; random ones where there is none."""
+  if not init:
+    return init_params(model, seed)
+  opened = open_checkpoint(init, dtype=model.param_dtype)
+  differing = [
+    f"{field.name} ({getattr(opened.config, field.name)} there, {getattr(model, field.name)} in the config)"
+    for field in dataclasses.fields(ModelConfig)
+    if field.name not in _COMPUTED_HOW and getattr(opened.config, field.name) != getattr(model, field.name)
+  ]
+  require(not differing, f"init={init}: its model is another one: {', '.join(differing)}")
+  return opened.params

@@ -1,0 +1,149 @@
+"""The jitted programs of training: gradients of a packed microbatch, log-probs, and the optimizer's step.
+
+A step may need any number of microbatches.  Each has the same fixed shape, so that every program compiles once; the
+gradients of one optimizer step are summed over them, with per-token weights that already hold the denominators of the
+whole minibatch.
+
+Dimension key: R rows of a microbatch, T tokens of a row, N = R * T, D hidden, V vocabulary, L MoE layers, E experts.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from configs.schema import RunConfig
+from kernels.icepop import policy_loss
+from kernels.linear_logprob import linear_logprob
+from ring_jax.model import Params, forward, is_router_bias, updated_bias
+
+
+class Tokens(NamedTuple):
+  """A packed microbatch: what the model reads."""
+
+  tokens_RxT: np.ndarray  # int32
+  positions_RxT: np.ndarray  # int32, restart with each sequence
+  segments_RxT: np.ndarray  # int32, 0: padding
+  targets_RxT: np.ndarray  # int32: the next token of the same sequence
+
+
+class RLFields(NamedTuple):
+  """What the objective needs for each target; 0 where a position has none."""
+
+  logp_infer_RxT: np.ndarray
+  logp_old_RxT: np.ndarray
+  advantages_RxT: np.ndarray
+  mask_RxT: np.ndarray
+  weights_RxT: np.ndarray  # what the token's loss is multiplied by; sums the minibatch up to its aggregate
+
+
+class Gradients(NamedTuple):
+  """Sums over the microbatches of one optimizer step."""
+
+  params: Params
+  loss: jax.Array  # float32
+  counts_LxE: jax.Array  # int32: tokens each expert got
+
+
+class Programs:
+  """All programs of one run; each compiles on first use.
+
+  Args:
+    config: the run.
+    vocab_mask_V: bool; the ids that may be drawn.  The engine masks the same ones.
+    optimizers: of the phases, by name.
+  """
+
+  def __init__(self, config: RunConfig, vocab_mask_V: np.ndarray, optimizers: dict[str, optax.GradientTransformation]):
+    self._config = config
+    self._mask_V = jnp.asarray(vocab_mask_V)
+    self._optimizers = optimizers
+    self.zeros = jax.jit(self._zeros)
+    self.sft_gradients = jax.jit(self._sft_gradients, donate_argnums=1)
+    self.logprobs = jax.jit(self._logprobs)
+    self.rl_gradients = jax.jit(self._rl_gradients, donate_argnums=1, static_argnums=4)
+    self.apply = jax.jit(self._apply, donate_argnums=(0, 1), static_argnums=3)
+    self.balance = jax.jit(self._balance, donate_argnums=0)
+
+  def _zeros(self, params: Params) -> Gradients:
+    counts_LxE = jnp.zeros((self._config.model.num_moe_layers, self._config.model.num_experts), jnp.int32)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    return Gradients(zeros, jnp.zeros((), jnp.float32), counts_LxE)
+
+  def _accumulate(self, sums: Gradients, loss_of, params: Params):
+    (loss, (counts_LxE, out)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    total = jax.tree.map(jnp.add, sums.params, grads)
+    return Gradients(total, sums.loss + loss, sums.counts_LxE + counts_LxE), out
+
+  def _logprob(self, params: Params, hidden_RxTxD, targets_RxT, temperature):
+    return linear_logprob(
+      hidden_RxTxD.reshape(-1, hidden_RxTxD.shape[-1]), params["lm_head"]["kernel"], targets_RxT.reshape(-1),
+      temperature=temperature, vocab_mask=self._mask_V,
+    )  # fmt: skip
+
+  def _sft_gradients(self, params: Params, sums: Gradients, batch: Tokens, weights_RxT):
+    """Adds the gradient of sum(weights * -logp); with an MTP layer also of its loss (bailing_moe_v2.md 3.9)."""
+
+    def loss_of(params):
+      out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT)
+      logp_N = self._logprob(params, out.hidden_BxTxD, batch.targets_RxT, 1.0).logp
+      loss = -_weighted_sum(weights_RxT, logp_N)
+      if out.mtp_hidden_BxTxD is not None:
+        # Position t predicts t + 2: the next position's target, where that one belongs to the same sequence.
+        targets_RxT, weights = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.targets_RxT, weights_RxT))
+        same_RxT = batch.segments_RxT == jnp.pad(batch.segments_RxT[:, 1:], ((0, 0), (0, 1)))
+        mtp_logp_N = self._logprob(params, out.mtp_hidden_BxTxD, targets_RxT, 1.0).logp
+        loss -= self._config.sft.mtp_loss_scale * _weighted_sum(weights * same_RxT, mtp_logp_N)
+      return loss, (out.expert_counts_LxE, None)
+
+    return self._accumulate(sums, loss_of, params)[0]
+
+  def _logprobs(self, params: Params, batch: Tokens) -> jax.Array:
+    """Log-probs [R, T] of the targets, of the distribution that rollouts are sampled from."""
+    out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
+    scored = self._logprob(params, out.hidden_BxTxD, batch.targets_RxT, self._config.rollout.temperature)
+    return scored.logp.reshape(batch.tokens_RxT.shape)
+
+  def _rl_gradients(self, params: Params, sums: Gradients, batch: Tokens, fields: RLFields, only_minibatch: bool):
+    """Adds the gradient of the IcePop loss; returns (sums, (logp, entropy) [R, T]).
+
+    `only_minibatch`: the weights are theta_old still, so that log-probs at theta_old are the ones computed here, and
+    the PPO ratio is exactly 1.
+    """
+    objective, shape = self._config.rl.objective, batch.tokens_RxT.shape
+
+    def loss_of(params):
+      out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
+      flat = RLFields(*(field.reshape(-1) for field in fields))
+      loss, metrics = policy_loss(
+        out.hidden_BxTxD.reshape(-1, out.hidden_BxTxD.shape[-1]), params["lm_head"]["kernel"],
+        batch.targets_RxT.reshape(-1), None if only_minibatch else flat.logp_old_RxT, flat.logp_infer_RxT,
+        flat.advantages_RxT, flat.mask_RxT, objective, temperature=self._config.rollout.temperature,
+        vocab_mask=self._mask_V, weights=flat.weights_RxT,
+      )  # fmt: skip
+      return loss, (out.expert_counts_LxE, (metrics["logp"].reshape(shape), metrics["entropy"].reshape(shape)))
+
+    return self._accumulate(sums, loss_of, params)
+
+  def _apply(self, params: Params, opt_state: Any, grads: Params, phase: str):
+    """The optimizer's step; returns (params, opt_state, gradient norm before clipping)."""
+    updates, opt_state = self._optimizers[phase].update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+
+  def _balance(self, params: Params, counts_LxE) -> Params:
+    """Moves the selection biases by the load rule: SFT only, frozen in RL (papers.md 1.2)."""
+    rate = self._config.sft.router_bias_rate
+
+    def move(path, leaf):
+      stacked = is_router_bias(path) and path[0].key == "moe_layers"
+      return updated_bias(leaf, counts_LxE, rate) if stacked else leaf
+
+    return jax.tree_util.tree_map_with_path(move, params)
+
+
+def _weighted_sum(weights_RxT: jax.Array, logp_N: jax.Array) -> jax.Array:
+  """Positions of weight 0 are left out, whatever stands there: a padding id may have log-prob minus infinity."""
+  weights_N = weights_RxT.reshape(-1)
+  return jnp.sum(weights_N * jnp.where(weights_N > 0, logp_N, 0.0))

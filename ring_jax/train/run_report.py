@@ -1,0 +1,117 @@
+"""Everything that a run tells: console, metrics.jsonl, TensorBoard, trace, samples, and the summary at its end."""
+
+from typing import Any
+
+from configs.schema import RunConfig
+from ring_jax.train.evaluation import Evaluation
+from ring_jax.train.report.console import Console
+from ring_jax.train.report.metrics import MetricsLog
+from ring_jax.train.report.plots import reward_curve
+from ring_jax.train.report.samples import Describe, SampleLog
+from ring_jax.train.report.trace import Trace
+from ring_jax.train.rl import RLStep
+from ring_jax.train.workdir import Workdir
+from rollout.driver import Clock
+
+_STAGES = {"start": "before SFT", "sft": "after SFT", "rl": "after RL"}
+
+
+class RunReport:
+  def __init__(self, config: RunConfig, workdir: Workdir, console: Console | None = None):
+    self._config, self._workdir = config, workdir
+    self.console = console or Console()
+    self.trace = Trace(workdir.trace)
+    self._metrics = MetricsLog(workdir)
+    self._samples = SampleLog(workdir.rollouts)
+
+  def begin(self, step: int, resumed: bool) -> None:
+    """Cuts the logs back to the restored step and says what will happen."""
+    self._metrics.truncate(step if resumed else -1)
+    self._samples.truncate(step if resumed else -1)
+    self.console.opening(self._config, step)
+
+  def phase(self, name: str, total: int, done: int) -> None:
+    self.console.start(name, total, done)
+    self._done = done
+
+  def evaluating(self, clock: Clock) -> None:
+    rate = clock.tokens / max(clock.prefill + clock.decode, 1e-9)
+    self.console.update(clock.finished, tokens_per_second={"rollout": rate})
+
+  def rolling_out(self, clock: Clock) -> None:
+    """An iteration under way: tokens so far beside the budget."""
+    self.console.update(self._done, tokens=clock.tokens)
+
+  def sft_step(self, step: int, done: int, metrics: dict[str, Any], positions: int, seconds: float) -> None:
+    rate = positions / seconds
+    self._metrics.log("sft", step, metrics, {"seconds/train": seconds, "positions_per_second/train": rate})
+    self.console.update(
+      done, loss=metrics["loss"], accuracy=metrics.get("held_out_accuracy"), tokens_per_second={"train": rate}
+    )
+    self._done = done
+
+  def rl_step(self, step: int, done: int, output: RLStep, describe: Describe) -> None:
+    metrics, seconds = output.metrics, output.seconds
+    rates = {
+      "rollout": output.tokens / seconds["rollout"],
+      "train": output.positions / max(seconds["logp"] + seconds["train"], 1e-9),
+    }
+    timings = {f"seconds/{name}": value for name, value in seconds.items()}
+    self._metrics.log(
+      "rl", step, metrics, timings | {f"tokens_per_second/{kind}": rate for kind, rate in rates.items()}
+    )
+    self._samples.write(step, metrics["version"], output.rollouts, output.advantages, describe)
+    self.trace.counter("tokens/s", **rates)
+    self.trace.counter("masked", share=metrics["mismatch/masked"])
+    self.console.update(
+      done, reward=metrics.get("reward"), accuracy=metrics.get("held_out_accuracy"), masked=metrics["mismatch/masked"],
+      tokens_per_second=rates,
+    )  # fmt: skip
+    self._done = done
+
+  def evaluation(self, step: int, name: str, result: Evaluation) -> None:
+    self._metrics.log("eval", step, {"name": name} | result.metrics())
+    self.console.close()  # the progress bar makes way for its result
+    self.console.note(
+      f"{_STAGES[name]}: accuracy {result.accuracy:.1%} on {result.problems} unseen problems, {result.samples} answers each"
+      f" (at least one of them right: {result.pass_at_k:.1%})"
+    )
+
+  def flush(self) -> None:
+    self._metrics.flush()
+
+  def summary(self, evaluations: dict[str, dict[str, Any]]) -> None:
+    """Table, plot, sample answers, and what to do next."""
+    console, workdir = self.console, self._workdir
+    console.close()
+    stages = [name for name in _STAGES if name in evaluations]
+    rows = [
+      {
+        "": _STAGES[name],
+        "step": evaluations[name]["step"],
+        "accuracy": f"{evaluations[name]['accuracy']:.1%}",
+        f"pass@{evaluations[name]['samples']}": f"{evaluations[name]['pass_at_k']:.1%}",
+        "answer length": f"{evaluations[name]['mean_length']:.1f}",
+      }
+      for name in stages
+    ]
+    console.table(rows, title=f"{self._config.name}: held-out accuracy")
+    for examples in zip(*(evaluations[name]["examples"] for name in stages), strict=False):
+      console.note(f"\n{examples[0]['prompt']}")
+      for name, example in zip(stages, examples, strict=True):
+        console.note(f"  {_STAGES[name]:<10}  {'right' if example['reward'] >= 1 else 'wrong'}  {example['answer']!r}")
+    plot = workdir.plots / "reward_curve.png"
+    reward_curve(workdir.metrics, plot, title=f"{self._config.name}: reward and held-out accuracy")
+    shown = self._workdir.path
+    console.note(
+      f"\nplot:          {plot}"
+      f"\nread answers:  less {shown / 'rollouts'}"
+      f"\nmeasure again: python -m ring_jax.launch.evaluate --checkpoint={shown} --samples=16"
+      f"\ntrain longer:  the same command with --config.rl.steps={2 * self._config.rl.steps}"
+      f"\nwhere did the time go: open {workdir.trace} in ui.perfetto.dev"
+    )
+
+  def close(self) -> None:
+    self.console.close()
+    self._metrics.close()
+    self.trace.close()
