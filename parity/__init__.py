@@ -1,0 +1,1 @@
+"""PyTorch as the outside oracle: the only package that imports torch."""

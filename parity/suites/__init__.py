@@ -1,0 +1,1 @@
+"""The suites of `parity.run`: each module has `run(quick=True) -> Suite`."""
