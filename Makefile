@@ -15,7 +15,7 @@ export MALLOC_TOP_PAD_ ?= 268435456
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: train think test parity lint bench clean help
+.PHONY: train think test test-tpu parity lint bench clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test: $(VENV)/test.stamp  ## all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(RUN) -m pytest -n 2 --dist worksteal tests
+
+test-tpu: $(VENV)/test.stamp  ## the kernels at real shapes, by the TPU compiler for every chip (no TPU needed)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "tpu or tpu_full" tests
 
 parity: $(VENV)/test.stamp  ## compare with PyTorch, transformers and vLLM; the report is parity_report/report.html
 	$(RUN) -m parity.run --suite=all --report=parity_report
@@ -55,7 +58,8 @@ $(VENV)/train.stamp: requirements/train.txt requirements/no_deps.txt setup.py | 
 	$(VENV)/bin/pip install -q --no-deps -e .
 	touch $@
 
-$(VENV)/test.stamp: requirements/test.txt requirements/vllm.txt $(VENV)/train.stamp
+$(VENV)/test.stamp: requirements/test.txt requirements/vllm.txt requirements/tpu_compiler.txt $(VENV)/train.stamp
 	$(VENV)/bin/pip install -q -r requirements/test.txt
 	$(VENV)/bin/pip install -q --no-deps -r requirements/vllm.txt
+	$(VENV)/bin/pip install -q --no-deps -r requirements/tpu_compiler.txt
 	touch $@
