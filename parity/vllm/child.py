@@ -30,7 +30,10 @@ def main() -> None:
   replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
   os.dup2(2, 1)
   os.environ.update(_ENVIRONMENT)
-  sys.modules["libtpu"] = None  # type: ignore[assignment]  # vLLM would take an importable libtpu for a TPU
+  # By path, because vLLM looks at a model's class in a process of its own.
+  hidden = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hidden")
+  sys.path.insert(0, hidden)
+  os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [hidden, os.environ.get("PYTHONPATH")]))
   try:
     import torch
 

@@ -182,6 +182,9 @@ def test_requests_that_cannot_be_served(vllm, folder, tmp_path, params):
     with pytest.raises(VLLMError, match=message):
       vllm.run(folder, **request)
   hf.save(tmp_path / "plain", CONFIG, params)
+  config = json.loads((tmp_path / "plain" / "config.json").read_text())
+  del config["auto_map"]
+  (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
   with pytest.raises(
     VLLMError, match=r"plain: config\.json has no auto_map; write the folder with parity\.vllm\.export"
   ):
