@@ -61,5 +61,5 @@ $(VENV)/train.stamp: requirements/train.txt requirements/no_deps.txt setup.py | 
 $(VENV)/test.stamp: requirements/test.txt requirements/vllm.txt requirements/tpu_compiler.txt $(VENV)/train.stamp
 	$(VENV)/bin/pip install -q -r requirements/test.txt
 	$(VENV)/bin/pip install -q --no-deps -r requirements/vllm.txt
-	$(VENV)/bin/pip install -q --no-deps -r requirements/tpu_compiler.txt
+	$(VENV)/bin/pip install -q --no-deps --upgrade --target $(VENV)/tpu_compiler -r requirements/tpu_compiler.txt
 	touch $@

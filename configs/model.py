@@ -4,8 +4,10 @@ Source of the fields: the model family's `config.json` (reference notes, bailing
 """
 
 import dataclasses
+import math
 
 from configs.base import Enum, coerce_enum, require
+from configs.parallel import AXES, ParallelConfig
 
 
 class Remat(Enum):
@@ -66,6 +68,7 @@ class ModelConfig:
   dtype: str = "float32"  # of activations; the router, norms' statistics, softmax and log-probs are float32 always
   param_dtype: str = "float32"  # of the trainer's copy
   remat: Remat = Remat.NONE
+  parallel: ParallelConfig = ParallelConfig()
 
   def __post_init__(self):
     for name in (
@@ -114,6 +117,23 @@ class ModelConfig:
       value = getattr(self, name)
       require(value in ("float32", "bfloat16", "float64"), f"model.{name}={value!r}: float32, bfloat16 or float64")
     coerce_enum(self, "remat", Remat, "model")
+    self._check_parallel()
+
+  def _check_parallel(self) -> None:
+    """Every dimension that the rules cut must fall into equal parts."""
+    parallel = self.parallel
+    sizes = dict(zip(AXES, parallel.mesh.sizes, strict=True))
+    for name, axis in (
+      ("hidden_size", "embed"), ("num_attention_heads", "heads"), ("num_key_value_heads", "kv_heads"),
+      ("intermediate_size", "mlp"), ("moe_intermediate_size", "expert_mlp"), ("num_experts", "experts"),
+      ("vocab_size", "vocab"),
+    ):  # fmt: skip
+      parts = math.prod(sizes[mesh_axis] for mesh_axis in getattr(parallel.rules, axis))
+      require(
+        getattr(self, name) % parts == 0,
+        f"model.{name}={getattr(self, name)}: cannot be cut into {parts} equal parts (parallel.rules.{axis},"
+        f" parallel.mesh)",
+      )
 
   @property
   def num_moe_layers(self) -> int:

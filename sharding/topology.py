@@ -5,7 +5,8 @@
     2*v5p:4x4x4    two slices of it, joined by the data-centre network
 
 `devices` are abstract: programs can be lowered and compiled for them, not run (architecture decision 11).  It needs the
-package libtpu in the version that the installed jaxlib was built with.
+package libtpu in the version that the installed jaxlib was built with.  `make` puts it into a folder of its own beside
+the environment's packages: what finds it among them, JAX and vLLM for two, takes the machine for one with a TPU.
 
 Source: reference notes, pallas.md section 3.
 """
@@ -14,12 +15,23 @@ import dataclasses
 import functools
 import math
 import os
+import pathlib
 import re
+import sys
 from typing import Any
 
 from configs.base import ConfigError
 from sharding.hardware import Chip, chip_named
 
+_LIBRARY = pathlib.Path(sys.prefix) / "tpu_compiler" / "libtpu" / "libtpu.so"
+_ENVIRONMENT = {
+  # No metadata server is asked, and several processes may load the library: nothing of it touches hardware here.
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  # Neither says anything about the topology that is compiled for; without them the library warns.
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
 _NAME = re.compile(r"(?:(?P<slices>[1-9]\d*)\*)?(?P<chip>[a-z0-9]+):(?P<shape>[1-9]\d*(?:x[1-9]\d*){1,2})")
 
 
@@ -68,10 +80,10 @@ class Topology:
 
 @functools.lru_cache(maxsize=8)
 def _devices(topology: Topology) -> tuple[Any, ...]:
-  # No metadata server is asked, and several processes may load the library: nothing of it touches hardware here.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  for name, value in _ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+  if _LIBRARY.exists():
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(_LIBRARY))
   from jax.experimental import topologies  # imported late: parsing a name needs no JAX
 
   name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
@@ -80,6 +92,6 @@ def _devices(topology: Topology) -> tuple[Any, ...]:
   except Exception as error:
     text = " ".join(str(error).split())
     if "libtpu" in text and ("find" in text or "open" in text or "No module" in text):
-      raise ConfigError(f"topology {topology}: the TPU compiler is missing: pip install libtpu==0.0.42.1") from error
+      raise ConfigError(f"topology {topology}: the TPU compiler is missing: pip install --no-deps --target {_LIBRARY.parents[1]} libtpu==0.0.42.1") from error
     raise ConfigError(f"topology {topology}: the TPU compiler knows none such: {text[:200]}") from error
   return tuple(described.devices)

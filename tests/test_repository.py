@@ -32,7 +32,7 @@ def test_ci_runs_the_readme_s_test_command_and_nothing_else():
 
 
 def test_pins_satisfy_the_ranges_of_the_package_and_are_what_is_installed():
-  files = ("vllm.txt", "train.txt", "test.txt", "no_deps.txt", "tpu_compiler.txt")
+  files = ("vllm.txt", "train.txt", "test.txt", "no_deps.txt")
   pinned = {canonical(name): version for file in files for name, version in pins(file).items()}
   ranges = [Requirement(text) for text in importlib.metadata.requires("ring-jax")]
   assert {extra for r in ranges for extra in re.findall(r'extra == "(\w+)"', str(r.marker))} == {
@@ -46,6 +46,14 @@ def test_pins_satisfy_the_ranges_of_the_package_and_are_what_is_installed():
   assert not shared, f"pinned twice: {shared}"
   for name, version in pinned.items():
     assert importlib.metadata.version(name).split("+")[0] == version, f"{name}: not the pinned version"
+
+
+def test_the_tpu_compiler_is_of_the_version_that_this_jax_names():
+  (pinned,) = pins("tpu_compiler.txt").items()
+  wanted = [Requirement(text) for text in importlib.metadata.requires("jax") if text.startswith("libtpu")]
+  assert pinned[0] == "libtpu" and wanted and all(one.specifier.contains(pinned[1]) for one in wanted)
+  assert (pathlib.Path(sys.prefix) / "tpu_compiler" / f"libtpu-{pinned[1]}.dist-info").is_dir()
+  assert f"libtpu=={pinned[1]}" in (ROOT / "sharding/topology.py").read_text()
 
 
 def test_readme_names_every_command_and_every_chapter():

@@ -8,6 +8,7 @@ from ring_jax.model.api import (
   init_params,
   is_router_bias,
   num_params,
+  param_shardings,
 )
 from ring_jax.model.attention import KVCache, init_cache
 from ring_jax.model.router import updated_bias
@@ -24,5 +25,6 @@ __all__ = [
   "init_params",
   "is_router_bias",
   "num_params",
+  "param_shardings",
   "updated_bias",
 ]

@@ -15,10 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from configs.schema import ModelConfig
 from ring_jax.model.attention import KVCache
+from ring_jax.model.layers import logical_axes
 from ring_jax.model.transformer import ForwardOutput, RingModel
+from sharding import rules
 
 Params = dict[str, Any]
 
@@ -36,9 +39,23 @@ def _merge(config: ModelConfig, params: Params) -> RingModel:
   return nnx.merge(graph, state)
 
 
-def abstract_params(config: ModelConfig) -> Params:
-  """The parameter tree as `jax.ShapeDtypeStruct`s."""
-  return nnx.to_pure_dict(_structure(config)[1])
+def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
+  """The parameter tree as `jax.ShapeDtypeStruct`s; with a mesh, laid out by `config.parallel.rules`.
+
+  Init, restore, conversion and hand-over take their shardings from this tree.
+  """
+  abstract = nnx.to_pure_dict(_structure(config)[1])
+  if mesh is None:
+    return abstract
+  placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+  return jax.tree.map(placed, abstract, param_shardings(config, mesh))
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
+  """A `NamedSharding` for every parameter."""
+  axes = logical_axes(_structure(config)[1])
+  is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+  return jax.tree.map(lambda leaf: rules.named(mesh, config.parallel.rules, leaf), axes, is_leaf=is_axes)
 
 
 def num_params(config: ModelConfig) -> int:
@@ -46,14 +63,16 @@ def num_params(config: ModelConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-def init_params(config: ModelConfig, seed: int) -> Params:
-  """Random parameters: N(0, initializer_range) weights, norms 1, selection biases 0."""
+def init_params(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> Params:
+  """Random parameters: N(0, initializer_range) weights, norms 1, selection biases 0.
 
-  @jax.jit
+  With a mesh every device makes its own parts only; the values are the same on any mesh.
+  """
+
   def init():
     return nnx.to_pure_dict(nnx.state(RingModel(config, nnx.Rngs(params=seed))))
 
-  return init()
+  return jax.jit(init, out_shardings=None if mesh is None else param_shardings(config, mesh))()
 
 
 def is_router_bias(path: tuple) -> bool:

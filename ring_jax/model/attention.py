@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs.schema import ModelConfig
-from ring_jax.model.layers import RMSNorm, normal, rotate
+from ring_jax.model.layers import RMSNorm, normal, rotate, weight
+from sharding import rules
 
 
 class KVCache(NamedTuple):
@@ -28,6 +29,9 @@ class KVCache(NamedTuple):
 
   k_LxBxKxdxS: jax.Array
   v_LxBxKxSxd: jax.Array
+
+
+CACHE_AXES = KVCache((None, "batch", "kv_heads", None, None), (None, "batch", "kv_heads", None, None))
 
 
 def init_cache(config: ModelConfig, slots: int, length: int) -> KVCache:
@@ -41,52 +45,77 @@ def init_cache(config: ModelConfig, slots: int, length: int) -> KVCache:
 class Attention(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D, d = config.hidden_size, config.head_dim
-    self.wq = normal(config, rngs, D, config.num_attention_heads, d)
-    self.wk = normal(config, rngs, D, config.num_key_value_heads, d)
-    self.wv = normal(config, rngs, D, config.num_key_value_heads, d)
-    self.wo = normal(config, rngs, config.num_attention_heads, d, D)
+    self.config = config
+    self.wq = normal(config, rngs, (D, config.num_attention_heads, d), ("embed", "heads", None))
+    self.wk = normal(config, rngs, (D, config.num_key_value_heads, d), ("embed", "kv_heads", None))
+    self.wv = normal(config, rngs, (D, config.num_key_value_heads, d), ("embed", "kv_heads", None))
+    self.wo = normal(config, rngs, (config.num_attention_heads, d, D), ("heads", None, "embed"))
     self.q_norm = RMSNorm(config, d)
     self.k_norm = RMSNorm(config, d)
 
   def _project(self, x_BxTxD, rotary):
     """Queries, keys and values; norm first, then rotation (section 3.3)."""
-    dtype = x_BxTxD.dtype
-    q_BxTxHxd = rotate(self.q_norm(jnp.einsum("btD,Dhd->bthd", x_BxTxD, self.wq[...].astype(dtype))), *rotary)
-    k_BxTxKxd = rotate(self.k_norm(jnp.einsum("btD,Dkd->btkd", x_BxTxD, self.wk[...].astype(dtype))), *rotary)
-    v_BxTxKxd = jnp.einsum("btD,Dkd->btkd", x_BxTxD, self.wv[...].astype(dtype))
+    wq_DxHxd, wk_DxKxd, wv_DxKxd = (weight(self.config, w, x_BxTxD.dtype) for w in (self.wq, self.wk, self.wv))
+    q_BxTxHxd = rotate(self.q_norm(jnp.einsum("btD,Dhd->bthd", x_BxTxD, wq_DxHxd)), *rotary)
+    k_BxTxKxd = rotate(self.k_norm(jnp.einsum("btD,Dkd->btkd", x_BxTxD, wk_DxKxd)), *rotary)
+    v_BxTxKxd = jnp.einsum("btD,Dkd->btkd", x_BxTxD, wv_DxKxd)
     return q_BxTxHxd, k_BxTxKxd, v_BxTxKxd
+
+  def _out(self, out_BxTxHxd: jax.Array) -> jax.Array:
+    wo_HxdxD = weight(self.config, self.wo, out_BxTxHxd.dtype)
+    whole = rules.out_sharding(self.config.parallel.rules, "batch", None, None)
+    return jnp.einsum("bthd,hdD->btD", out_BxTxHxd, wo_HxdxD, out_sharding=whole)
 
   def __call__(
     self, x_BxTxD: jax.Array, rotary, mask_BxTxT: jax.Array
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Returns (output [B, T, D], (k [B, K, d, T], v [B, K, T, d])); mask: row t may attend to column s."""
-    B, T, _ = x_BxTxD.shape
     q_BxTxHxd, k_BxTxKxd, v_BxTxKxd = self._project(x_BxTxD, rotary)
-    K, d = k_BxTxKxd.shape[2:]
-    # The kv head leads and its G query heads share one matrix product of G*T rows.
-    q_BxKxGTxd = q_BxTxHxd.reshape(B, T, K, -1, d).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, d)
-    k_BxKxdxT, v_BxKxTxd = k_BxTxKxd.transpose(0, 2, 3, 1), v_BxTxKxd.transpose(0, 2, 1, 3)
-    out_BxKxGTxd = _attend(q_BxKxGTxd, k_BxKxdxT, v_BxKxTxd, mask_BxTxT)
-    out_BxTxHxd = out_BxKxGTxd.reshape(B, K, -1, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, d)
-    return jnp.einsum("bthd,hdD->btD", out_BxTxHxd, self.wo[...].astype(x_BxTxD.dtype)), (k_BxKxdxT, v_BxKxTxd)
+    attend = rules.manual(
+      _attend_rows,
+      self.config.parallel.rules,
+      (("batch", None, "heads", None), *[("batch", None, "kv_heads", None)] * 2, ("batch", None, None)),
+      ("batch", None, "heads", None),
+    )
+    out_BxTxHxd = attend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxT)
+    return self._out(out_BxTxHxd), (k_BxTxKxd.transpose(0, 2, 3, 1), v_BxTxKxd.transpose(0, 2, 1, 3))
 
   def decode(self, x_Bx1xD: jax.Array, rotary, positions_B: jax.Array, active_B: jax.Array, cache: KVCache, layer):
     """One token a slot at `positions_B`; returns (output [B, 1, D], cache with the active slots' keys and values)."""
-    B = x_Bx1xD.shape[0]
-    q_Bx1xHxd, k_Bx1xKxd, v_Bx1xKxd = self._project(x_Bx1xD, rotary)
-    K, d = k_Bx1xKxd.shape[2:]
-    # A silent slot writes beyond the cache, which the scatter drops: what it holds stays as it was.
-    rows, at_B = jnp.arange(B), jnp.where(active_B, positions_B, cache.k_LxBxKxdxS.shape[-1])
-    cache = KVCache(
-      cache.k_LxBxKxdxS.at[layer, rows, :, :, at_B].set(k_Bx1xKxd[:, 0], mode="drop"),
-      cache.v_LxBxKxSxd.at[layer, rows, :, at_B].set(v_Bx1xKxd[:, 0], mode="drop"),
+    slots, heads = ("batch",), ("batch", None, "kv_heads", None)
+    step = rules.manual(
+      _attend_slots,
+      self.config.parallel.rules,
+      (("batch", None, "heads", None), heads, heads, slots, slots, CACHE_AXES, ()),
+      (("batch", None, "heads", None), CACHE_AXES),
     )
-    k_BxKxdxS = jax.lax.dynamic_index_in_dim(cache.k_LxBxKxdxS, layer, keepdims=False)
-    v_BxKxSxd = jax.lax.dynamic_index_in_dim(cache.v_LxBxKxSxd, layer, keepdims=False)
-    past_Bx1xS = jnp.arange(k_BxKxdxS.shape[-1]) <= positions_B[:, None, None]
-    out_BxKxGxd = _attend(q_Bx1xHxd.reshape(B, K, -1, d), k_BxKxdxS, v_BxKxSxd, past_Bx1xS)
-    out_Bx1xHxd = out_BxKxGxd.reshape(B, 1, -1, d)
-    return jnp.einsum("bthd,hdD->btD", out_Bx1xHxd, self.wo[...].astype(x_Bx1xD.dtype)), cache
+    out_Bx1xHxd, cache = step(*self._project(x_Bx1xD, rotary), positions_B, active_B, cache, layer)
+    return self._out(out_Bx1xHxd), cache
+
+
+def _attend_rows(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxT) -> jax.Array:
+  B, T, _, d = q_BxTxHxd.shape
+  K = k_BxTxKxd.shape[2]
+  # The kv head leads and its G query heads share one matrix product of G*T rows.
+  q_BxKxGTxd = q_BxTxHxd.reshape(B, T, K, -1, d).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, d)
+  out_BxKxGTxd = _attend(q_BxKxGTxd, k_BxTxKxd.transpose(0, 2, 3, 1), v_BxTxKxd.transpose(0, 2, 1, 3), mask_BxTxT)
+  return out_BxKxGTxd.reshape(B, K, -1, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, d)
+
+
+def _attend_slots(q_Bx1xHxd, k_Bx1xKxd, v_Bx1xKxd, positions_B, active_B, cache: KVCache, layer):
+  """Writes one layer's keys and values of the new tokens and attends to each slot's past."""
+  B, _, K, d = k_Bx1xKxd.shape
+  # A silent slot writes beyond the cache, which the scatter drops: what it holds stays as it was.
+  rows, at_B = jnp.arange(B), jnp.where(active_B, positions_B, cache.k_LxBxKxdxS.shape[-1])
+  cache = KVCache(
+    cache.k_LxBxKxdxS.at[layer, rows, :, :, at_B].set(k_Bx1xKxd[:, 0], mode="drop"),
+    cache.v_LxBxKxSxd.at[layer, rows, :, at_B].set(v_Bx1xKxd[:, 0], mode="drop"),
+  )
+  k_BxKxdxS = jax.lax.dynamic_index_in_dim(cache.k_LxBxKxdxS, layer, keepdims=False)
+  v_BxKxSxd = jax.lax.dynamic_index_in_dim(cache.v_LxBxKxSxd, layer, keepdims=False)
+  past_Bx1xS = jnp.arange(k_BxKxdxS.shape[-1]) <= positions_B[:, None, None]
+  out_BxKxGxd = _attend(q_Bx1xHxd.reshape(B, K, -1, d), k_BxKxdxS, v_BxKxSxd, past_Bx1xS)
+  return out_BxKxGxd.reshape(B, 1, -1, d), cache
 
 
 def _attend(q_BxKxGTxd: jax.Array, k_BxKxdxS: jax.Array, v_BxKxSxd: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:

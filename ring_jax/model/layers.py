@@ -4,18 +4,41 @@ Dimension key: B batch rows, T positions, D hidden size, H heads, d head dim, R 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from configs.schema import ModelConfig
+from sharding.rules import LogicalAxes, out_sharding, reshard
 
 
-def normal(config: ModelConfig, rngs: nnx.Rngs, *shape: int, dtype: str | None = None) -> nnx.Param:
-  """A parameter drawn from N(0, initializer_range) (section 3.11)."""
+def normal(
+  config: ModelConfig, rngs: nnx.Rngs, shape: tuple[int, ...], axes: LogicalAxes, dtype: str | None = None
+) -> nnx.Param:
+  """A parameter drawn from N(0, initializer_range) (section 3.11); `axes` names its dimensions for the rules."""
   sample = jax.random.normal(rngs.params(), shape, jnp.float32) * config.initializer_range
-  return nnx.Param(sample.astype(dtype or config.param_dtype))
+  return nnx.Param(sample.astype(dtype or config.param_dtype), axes=axes)
+
+
+def weight(config: ModelConfig, param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+  """A parameter as a matmul takes it: in the activations' dtype, and whole along `embed`.
+
+  It is cast first, so that what is gathered is small.
+  """
+  axes = [None if name == "embed" else name for name in param.axes]
+  return reshard(param[...].astype(dtype), config.parallel.rules, *axes)
+
+
+def logical_axes(state: nnx.State) -> dict[str, Any]:
+  """The tree of parameters with each one's logical axes; stacked layers are cut like single ones."""
+
+  def axes(variable: nnx.Variable) -> LogicalAxes:
+    return ("layers",) * (len(variable.shape) - len(variable.axes)) + variable.axes
+
+  leaves = [(path, axes(variable)) for path, variable in nnx.to_flat_state(state)]
+  return nnx.traversals.unflatten_mapping(dict(leaves))
 
 
 class RMSNorm(nnx.Module):
@@ -23,7 +46,7 @@ class RMSNorm(nnx.Module):
 
   def __init__(self, config: ModelConfig, size: int):
     self.eps = config.rms_norm_eps
-    self.scale = nnx.Param(jnp.ones((size,), config.param_dtype))
+    self.scale = nnx.Param(jnp.ones((size,), config.param_dtype), axes=(None,))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -35,15 +58,16 @@ class MLP(nnx.Module):
   """down(silu(gate x) * up x), without biases: the dense layers and the shared expert (section 3.5)."""
 
   def __init__(self, config: ModelConfig, width: int, rngs: nnx.Rngs):
-    self.gate = normal(config, rngs, config.hidden_size, width)
-    self.up = normal(config, rngs, config.hidden_size, width)
-    self.down = normal(config, rngs, width, config.hidden_size)
+    self.config = config
+    self.gate = normal(config, rngs, (config.hidden_size, width), ("embed", "mlp"))
+    self.up = normal(config, rngs, (config.hidden_size, width), ("embed", "mlp"))
+    self.down = normal(config, rngs, (width, config.hidden_size), ("mlp", "embed"))
 
   def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-    dtype = x_BxTxD.dtype
-    gate_BxTxF = x_BxTxD @ self.gate[...].astype(dtype)
-    up_BxTxF = x_BxTxD @ self.up[...].astype(dtype)
-    return (jax.nn.silu(gate_BxTxF) * up_BxTxF) @ self.down[...].astype(dtype)
+    gate_DxF, up_DxF, down_FxD = (weight(self.config, w, x_BxTxD.dtype) for w in (self.gate, self.up, self.down))
+    out = out_sharding(self.config.parallel.rules, "batch", None, None)
+    hidden_BxTxF = jax.nn.silu(x_BxTxD @ gate_DxF) * (x_BxTxD @ up_DxF)
+    return jnp.einsum("btF,FD->btD", hidden_BxTxF, down_FxD, out_sharding=out)
 
 
 def rotary_tables(config: ModelConfig, positions_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,10 +1,13 @@
-"""The mixture of experts: dispatch, grouped matmuls, combine, plus the unscaled shared expert (bailing_moe_v2.md 3.7).
+"""The mixture of experts: routing, experts, combine, plus the unscaled shared expert (bailing_moe_v2.md 3.7).
 
 Dropless: every (token, expert) pair is computed.  Pairs are sorted by expert, so that one expert's rows lie together
-and `grouped_matmul` does no more than the ideal work.  Padding tokens belong to no expert: they sort behind all groups
-and cost nothing.
+and `grouped_matmul` does no more than the ideal work.  Padding tokens belong to no expert and cost nothing.  How tokens
+meet experts that other devices hold is in `exchange.py`.
 
-Dimension key: N tokens, K experts a token, M = N * K pairs, D hidden, E experts, F expert width.
+On a mesh the whole layer is one manual region (architecture decision 3): weights are gathered along `fsdp` once, tokens
+travel along `expert`, and the parts that the devices along `tensor` computed are summed at the end.
+
+Dimension key: N tokens, K experts a token, M rows, D hidden, E experts (e: this device's), F expert width.
 """
 
 import jax
@@ -13,8 +16,10 @@ from flax import nnx
 
 from configs.schema import ModelConfig
 from kernels.grouped_matmul import grouped_matmul
-from ring_jax.model.layers import MLP, normal
+from ring_jax.model.exchange import Pairs, exchange
+from ring_jax.model.layers import MLP, logical_axes, normal
 from ring_jax.model.router import route
+from sharding import rules
 
 
 class RouterBias(nnx.Variable):
@@ -23,21 +28,17 @@ class RouterBias(nnx.Variable):
 
 class Router(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.kernel = normal(config, rngs, config.hidden_size, config.num_experts, dtype="float32")
-    self.bias = RouterBias(jnp.zeros((config.num_experts,), jnp.float32))
+    shape = (config.hidden_size, config.num_experts)
+    self.kernel = normal(config, rngs, shape, ("embed", None), dtype="float32")
+    self.bias = RouterBias(jnp.zeros((config.num_experts,), jnp.float32), axes=(None,))
 
 
 class Experts(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    self.gate_up = normal(config, rngs, E, D, 2, F)  # index 0: gate, 1: up; one matmul for both
-    self.down = normal(config, rngs, E, F, D)
-
-  def __call__(self, rows_MxD: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    dtype = rows_MxD.dtype
-    gate_up_ExDxF2 = self.gate_up[...].astype(dtype).reshape(*self.gate_up.shape[:2], -1)
-    gate_MxF, up_MxF = jnp.split(grouped_matmul(rows_MxD, gate_up_ExDxF2, group_sizes_E), 2, axis=-1)
-    return grouped_matmul(jax.nn.silu(gate_MxF) * up_MxF, self.down[...].astype(dtype), group_sizes_E)
+    # Index 0: gate, 1: up; one matmul for both.
+    self.gate_up = normal(config, rngs, (E, D, 2, F), ("experts", "embed", None, "expert_mlp"))
+    self.down = normal(config, rngs, (E, F, D), ("experts", "expert_mlp", "embed"))
 
 
 class MoE(nnx.Module):
@@ -50,49 +51,70 @@ class MoE(nnx.Module):
 
   def __call__(self, x_BxTxD: jax.Array, valid_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (output [B, T, D], tokens each expert got [E], int32, padding not counted)."""
-    B, T, D = x_BxTxD.shape
-    E, K = self.config.num_experts, self.config.num_experts_per_tok
-    x_NxD = x_BxTxD.reshape(B * T, D)
-    routing = route(x_NxD, self.router.kernel[...], self.router.bias[...], self.config)
-    experts_M = jnp.where(valid_BxT.reshape(-1, 1), routing.ids_NxK, E).reshape(-1)
-    order_M = jnp.argsort(experts_M, stable=True)
-    rank_M = jnp.argsort(order_M)  # where each pair went
-    group_sizes_E = jnp.bincount(experts_M, length=E + 1)[:E].astype(jnp.int32)
-
-    rows_MxD = self.experts(_dispatch(x_NxD, order_M, rank_M, K), group_sizes_E)
-    pairs_NxKxD = _permute(rows_MxD, rank_M, order_M).reshape(B * T, K, D)
-    # The sum over experts is float32, in the fixed order of the top-k.
-    wide = routing.weights_NxK.dtype
-    out_NxD = jnp.einsum("nk,nkD->nD", routing.weights_NxK, pairs_NxKxD.astype(wide)).astype(x_BxTxD.dtype)
-    out_BxTxD = out_NxD.reshape(B, T, D)
-    if self.config.num_shared_experts:
-      out_BxTxD = out_BxTxD + self.shared(x_BxTxD)
-    return out_BxTxD, group_sizes_E
+    weights, axes = nnx.to_pure_dict(nnx.state(self)), logical_axes(nnx.state(self))
+    layer = rules.manual(
+      lambda weights, x, valid: _layer(self.config, weights, axes, x, valid),
+      self.config.parallel.rules,
+      (axes, ("batch", None, None), ("batch", None)),
+      (("batch", None, None), (None,)),
+    )
+    return layer(weights, x_BxTxD, valid_BxT)
 
 
-# Gathers whose backward pass is a gather too: XLA's own is a scatter-add, which is slow and sums in no fixed order.
+def _layer(config: ModelConfig, weights, axes, x_BxTxD: jax.Array, valid_BxT: jax.Array):
+  """One device's part: its tokens, its experts."""
+  B, T, D = x_BxTxD.shape
+  dtype, parallel = x_BxTxD.dtype, config.parallel
+  router = jax.tree.map(lambda w, a: _whole(config, w, a), weights["router"], axes["router"])
+  rest = {name: weights[name] for name in weights if name != "router"}
+  rest = jax.tree.map(lambda w, a: _whole(config, w.astype(dtype), a), rest, {name: axes[name] for name in rest})
+
+  def tokens(x_NxD: jax.Array, valid_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    routing = route(x_NxD, router["kernel"], router["bias"], config)
+    ids_NxK = jnp.where(valid_N[:, None], routing.ids_NxK, config.num_experts)
+    counts_E = jnp.bincount(ids_NxK.reshape(-1), length=config.num_experts + 1)[:-1].astype(jnp.int32)
+    pairs = Pairs(x_NxD, ids_NxK, routing.weights_NxK)
+    out_NxD = exchange(pairs, config.num_experts, lambda *rows: _experts(rest["experts"], *rows), parallel)
+    out_NxD = out_NxD.astype(dtype)
+    if "shared" in rest:
+      out_NxD = out_NxD + _gated(rest["shared"], x_NxD)
+    return out_NxD, counts_E
+
+  out_NxD, counts_E = _in_chunks(tokens, parallel.moe_chunks, x_BxTxD.reshape(-1, D), valid_BxT.reshape(-1))
+  out_NxD = rules.psum(out_NxD, parallel.rules.expert_mlp)
+  return out_NxD.reshape(B, T, D), rules.psum(counts_E, parallel.rules.batch)
 
 
-@jax.custom_vjp
-def _permute(rows_MxD, index_M, inverse_M):
-  return rows_MxD[index_M]
+def _whole(config: ModelConfig, weight: jax.Array, axes: rules.LogicalAxes) -> jax.Array:
+  """A weight joined along `embed`; its gradient is summed and cut again in one reduce-scatter."""
+  if "embed" not in axes or not config.parallel.rules.embed:
+    return weight
+  return rules.all_gather(weight, config.parallel.rules.embed, axes.index("embed"))
 
 
-_permute.defvjp(lambda rows, index, inverse: (rows[index], inverse), lambda inverse, grad: (grad[inverse], None, None))
+def _experts(weights, rows_MxD: jax.Array, sizes_e: jax.Array) -> jax.Array:
+  gate_up_exDxF2 = weights["gate_up"].reshape(*weights["gate_up"].shape[:2], -1)
+  gate_MxF, up_MxF = jnp.split(grouped_matmul(rows_MxD, gate_up_exDxF2, sizes_e), 2, axis=-1)
+  return grouped_matmul(jax.nn.silu(gate_MxF) * up_MxF, weights["down"], sizes_e)
 
 
-def _dispatch(x_NxD, order_M, rank_M, k):
-  """Row m is the token of the m-th pair in expert order."""
+def _gated(weights, x_NxD: jax.Array) -> jax.Array:
+  return (jax.nn.silu(x_NxD @ weights["gate"]) * (x_NxD @ weights["up"])) @ weights["down"]
 
-  @jax.custom_vjp
-  def gather(x, order, rank):
-    return x[order // k]
 
-  def forward(x, order, rank):
-    return x[order // k], rank
+def _in_chunks(function, chunks: int, x_NxD: jax.Array, valid_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """function over the tokens in equal chunks, one after the other, so that its buffers are that much smaller.
 
-  def backward(rank, grad_MxD):
-    return grad_MxD[rank].reshape(-1, k, grad_MxD.shape[-1]).sum(axis=1), None, None
-
-  gather.defvjp(forward, backward)
-  return gather(x_NxD, order_M, rank_M)
+  A chunk is computed again in the backward pass.  Under remat=full that costs nothing: the layer would be computed
+  again anyway, and there the MoE's own output is not needed.
+  """
+  num_tokens = x_NxD.shape[0]
+  chunks = min(chunks, num_tokens)
+  if chunks == 1:
+    return function(x_NxD, valid_N)
+  size = -(-num_tokens // chunks)
+  pad = chunks * size - num_tokens
+  x_CxSxD = jnp.pad(x_NxD, ((0, pad), (0, 0))).reshape(chunks, size, -1)
+  valid_CxS = jnp.pad(valid_N, (0, pad)).reshape(chunks, size)
+  out_CxSxD, counts_CxE = jax.lax.map(jax.checkpoint(lambda part: function(*part)), (x_CxSxD, valid_CxS))
+  return out_CxSxD.reshape(-1, x_NxD.shape[1])[:num_tokens], counts_CxE.sum(axis=0)

@@ -20,8 +20,9 @@ from flax import nnx
 
 from configs.schema import ModelConfig, Remat
 from ring_jax.model.attention import Attention, KVCache
-from ring_jax.model.layers import MLP, RMSNorm, normal, rotary_tables
+from ring_jax.model.layers import MLP, RMSNorm, normal, rotary_tables, weight
 from ring_jax.model.moe import MoE
+from sharding import rules
 
 _REMAT_POLICY = {Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable, Remat.FULL: None}
 
@@ -68,18 +69,31 @@ class Block(nnx.Module):
 
 class Embedding(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.embedding = normal(config, rngs, config.vocab_size, config.hidden_size)
-    self.dtype = config.dtype
+    self.config = config
+    self.embedding = normal(config, rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"))
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    return self.embedding[...][tokens].astype(self.dtype)
+  def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
+    axes = self.config.parallel.rules
+    look_up = rules.manual(self._look_up, axes, (("vocab", "embed"), ("batch", None)), ("batch", None, None))
+    return look_up(self.embedding[...], tokens_BxT)
+
+  def _look_up(self, embedding_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
+    """Each device finds the ids of its part of the vocabulary; the sum over parts is the row."""
+    axes = self.config.parallel.rules
+    embedding_VxD = rules.all_gather(embedding_VxD.astype(self.config.dtype), axes.embed, 1)
+    if rules.axis_size(axes.vocab) == 1:
+      return embedding_VxD[tokens_BxT]
+    row_BxT = tokens_BxT - rules.axis_index(*axes.vocab) * embedding_VxD.shape[0]
+    mine_BxT = (row_BxT >= 0) & (row_BxT < embedding_VxD.shape[0])
+    found_BxTxD = embedding_VxD[jnp.where(mine_BxT, row_BxT, 0)]
+    return rules.psum(jnp.where(mine_BxT[..., None], found_BxTxD, 0), axes.vocab)
 
 
 class Projection(nnx.Module):
   """A bare weight [in, out]."""
 
-  def __init__(self, config: ModelConfig, rows: int, columns: int, rngs: nnx.Rngs):
-    self.kernel = normal(config, rngs, rows, columns)
+  def __init__(self, config: ModelConfig, shape: tuple[int, int], axes: rules.LogicalAxes, rngs: nnx.Rngs):
+    self.kernel = normal(config, rngs, shape, axes)
 
 
 class MTPLayer(nnx.Module):
@@ -88,13 +102,14 @@ class MTPLayer(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     D = config.hidden_size
     self.enorm, self.hnorm = RMSNorm(config, D), RMSNorm(config, D)
-    self.eh_proj = Projection(config, 2 * D, D, rngs)
+    self.config = config
+    self.eh_proj = Projection(config, (2 * D, D), ("embed", None), rngs)
     self.block = Block(config, moe=True, rngs=rngs)
     self.final_norm = RMSNorm(config, D)
 
   def __call__(self, embedded_BxTxD, hidden_BxTxD, rotary, mask_BxTxT, valid_BxT):
     both_BxTx2D = jnp.concatenate([self.enorm(embedded_BxTxD), self.hnorm(hidden_BxTxD)], axis=-1)
-    x_BxTxD = both_BxTx2D @ self.eh_proj.kernel[...].astype(both_BxTx2D.dtype)
+    x_BxTxD = both_BxTx2D @ weight(self.config, self.eh_proj.kernel, both_BxTx2D.dtype)
     x_BxTxD, _, _ = self.block(x_BxTxD, rotary, mask_BxTxT, valid_BxT)
     return self.final_norm(x_BxTxD)
 
@@ -108,7 +123,7 @@ class RingModel(nnx.Module):
     if config.num_moe_layers:
       self.moe_layers = _stack(config, True, config.num_moe_layers, rngs)
     self.final_norm = RMSNorm(config, config.hidden_size)
-    self.lm_head = Projection(config, config.hidden_size, config.vocab_size, rngs)
+    self.lm_head = Projection(config, (config.hidden_size, config.vocab_size), ("embed", "vocab"), rngs)
     if config.num_nextn_predict_layers:
       self.mtp = MTPLayer(config, rngs)
 
@@ -116,6 +131,10 @@ class RingModel(nnx.Module):
     return [getattr(self, name) for name in ("dense_layers", "moe_layers") if hasattr(self, name)]
 
   def __call__(self, tokens_BxT, positions_BxT, segment_ids_BxT, *, return_kv: bool, mtp: bool) -> ForwardOutput:
+    tokens_BxT, positions_BxT, segment_ids_BxT = (
+      rules.reshard(x_BxT, self.config.parallel.rules, "batch", None)
+      for x_BxT in (tokens_BxT, positions_BxT, segment_ids_BxT)
+    )
     valid_BxT = segment_ids_BxT > 0
     mask_BxTxT = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]) & (
       positions_BxT[:, :, None] >= positions_BxT[:, None, :]
@@ -146,6 +165,9 @@ class RingModel(nnx.Module):
     return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv)
 
   def decode(self, tokens_B, positions_B, active_B, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    tokens_B, positions_B, active_B = (
+      rules.reshard(x_B, self.config.parallel.rules, "batch") for x_B in (tokens_B, positions_B, active_B)
+    )
     rotary = rotary_tables(self.config, positions_B[:, None])
     carry = (self.embed(tokens_B[:, None]), cache)
     first = 0

@@ -1,0 +1,276 @@
+"""How rows of tokens meet their experts: on one device, or along the mesh axis `expert` (ExpertParallel).
+
+    local                 sort the (token, expert) pairs by expert
+    ring                  all-gather the tokens, take the pairs of the own experts, reduce-scatter the sums
+    all_to_all            C rows for every device, sent to the experts and back
+    ragged_all_to_all     as many rows as there are, sent to the experts and back
+
+All are dropless and exact.  An exchange has buffers of a fixed number of rows, a little more than a balanced load needs
+(`expert_buffer`).  If some device gets more, the rest goes in further rounds, which are skipped where nobody has one; so
+memory is bounded whatever the router does.
+
+What stands in a buffer is told by two index arrays that are each other's inverse: `pair_S`, the pair in every slot of
+the buffer, and `slot_M`, the slot of every pair; one beyond the last is: none.  With both at hand every gather has a
+gather as its backward pass: XLA's own would be a scatter-add, which is slow and sums in no fixed order.
+
+The results of a token's experts are summed in float32, in the fixed order of the top-k (ring: of the devices first).
+
+Dimension key: N tokens, K experts a token, M = N * K pairs, S slots of a buffer, D hidden, E experts, e own experts,
+P devices along `expert`, C slots for each of them, R rounds.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.parallel import AXES, ExpertParallel, ParallelConfig
+from sharding import rules
+from sharding.collectives import ragged_all_to_all
+
+AXIS = "expert"
+# rows [S, D] sorted by own expert, sizes [e] -> rows [S, D]; rows beyond the sizes are not computed
+Apply = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class Pairs(NamedTuple):
+  """Which experts every token goes to."""
+
+  x_NxD: jax.Array
+  ids_NxK: jax.Array  # int32, of the expert; E: none
+  weights_NxK: jax.Array  # float32
+
+
+def exchange(pairs: Pairs, num_experts: int, apply: Apply, config: ParallelConfig) -> jax.Array:
+  """The weighted sum over each token's experts, float32 [N, D].
+
+  Args:
+    pairs: this device's tokens.
+    num_experts: E, of all devices.
+    apply: this device's experts.
+  """
+  match config.expert_parallel:
+    case ExpertParallel.RING if rules.axis_size(AXIS) > 1:
+      return _ring(pairs, num_experts, apply, config.expert_buffer)
+    case ExpertParallel.ALL_TO_ALL if rules.axis_size(AXIS) > 1:
+      return _all_to_all(pairs, num_experts, apply, config.expert_buffer)
+    case ExpertParallel.RAGGED_ALL_TO_ALL if rules.axis_size(AXIS) > 1:
+      return _ragged(pairs, num_experts, apply, config.expert_buffer)
+    case _:
+      return _local(pairs, num_experts, apply)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pairs in order of their expert, and windows of that order
+
+
+class Sorted(NamedTuple):
+  """The pairs by expert; pairs without one (padding, other devices' experts) stand behind all others."""
+
+  order_M: jax.Array  # the pair at each place
+  place_M: jax.Array  # the place of each pair
+  begin_E: jax.Array  # the first place of each expert
+  end_E: jax.Array
+
+
+def _sort(ids_NxK: jax.Array, num_experts: int) -> Sorted:
+  ids_M = ids_NxK.reshape(-1)
+  order_M = jnp.argsort(ids_M, stable=True).astype(jnp.int32)
+  place_M = jnp.argsort(order_M).astype(jnp.int32)
+  sizes_E = jnp.bincount(ids_M, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+  end_E = jnp.cumsum(sizes_E)
+  return Sorted(order_M, place_M, end_E - sizes_E, end_E)
+
+
+def _sizes_within(pairs: Sorted, first: jax.Array, count: int) -> jax.Array:
+  """How many of `count` places from `first` on each expert has."""
+  clip = lambda place: jnp.clip(place - first, 0, count)  # noqa: E731
+  return clip(pairs.end_E) - clip(pairs.begin_E)
+
+
+def _fill(source: jax.Array, index: jax.Array) -> jax.Array:
+  """source[index], and zeros where the index lies beyond the last."""
+  return jnp.take(source, index, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def gather_rows(x_NxD: jax.Array, pair_S: jax.Array, slot_NxK: jax.Array) -> jax.Array:
+  """The buffer [S, D]: in each slot the token of its pair."""
+  return _fill(x_NxD, pair_S // slot_NxK.shape[1])
+
+
+def _gather_rows_backward(slot_NxK, grad_SxD):
+  dx_NxD = sum(_fill(grad_SxD, slot_N).astype(jnp.float32) for slot_N in slot_NxK.T)
+  return dx_NxD.astype(grad_SxD.dtype), None, None
+
+
+gather_rows.defvjp(lambda x, pair, slot: (gather_rows(x, pair, slot), slot), _gather_rows_backward)
+
+
+@jax.custom_vjp
+def combine_rows(rows_SxD: jax.Array, weights_NxK: jax.Array, pair_S: jax.Array, slot_NxK: jax.Array) -> jax.Array:
+  """float32 [N, D]: for each token the weighted sum of its pairs' rows; pairs without a slot count as 0."""
+  return sum(
+    weight_N[:, None] * _fill(rows_SxD, slot_N).astype(weights_NxK.dtype)
+    for weight_N, slot_N in zip(weights_NxK.T, slot_NxK.T, strict=True)
+  )
+
+
+def _combine_rows_backward(residuals, grad_NxD):
+  rows_SxD, weights_NxK, pair_S, slot_NxK = residuals
+  weight_S = _fill(weights_NxK.reshape(-1), pair_S)
+  drows_SxD = _fill(grad_NxD, pair_S // slot_NxK.shape[1]) * weight_S[:, None]
+  dweights = [jnp.sum(_fill(rows_SxD, slot_N).astype(grad_NxD.dtype) * grad_NxD, axis=-1) for slot_N in slot_NxK.T]
+  return drows_SxD.astype(rows_SxD.dtype), jnp.stack(dweights, axis=-1), None, None
+
+
+combine_rows.defvjp(lambda *arguments: (combine_rows(*arguments), arguments), _combine_rows_backward)
+
+
+@jax.custom_vjp
+def permute(rows_SxD: jax.Array, from_S: jax.Array, to_S: jax.Array) -> jax.Array:
+  """rows[from], zeros for none; `to` is the inverse of `from`."""
+  return _fill(rows_SxD, from_S)
+
+
+permute.defvjp(lambda rows, from_, to: (_fill(rows, from_), to), lambda to, grad: (_fill(grad, to), None, None))
+
+
+def _rounds(first: Callable[[], jax.Array], body: Callable[[jax.Array], jax.Array], needed: jax.Array, most: int):
+  """first() + body(1) + ... + body(needed - 1); `needed` is the same on all devices and at most `most`.
+
+  The first round is the usual case and is kept for the backward pass as usual; further ones are computed again there.
+  """
+  out = first()
+  if most <= 1:
+    return out
+
+  def step(out, round_):
+    again = jax.checkpoint(lambda out: out + body(round_))
+    return jax.lax.cond(round_ < needed, again, lambda out: out, out), None
+
+  return jax.lax.scan(step, out, jnp.arange(1, most))[0]
+
+
+def _capacity(rows: int, factor: float, most: int) -> int:
+  """Slots for what would be `rows` rows at a balanced load, a multiple of 8."""
+  return min(-(-int(np.ceil(rows * factor)) // 8) * 8, most)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The four forms
+
+
+def _local(pairs: Pairs, num_experts: int, apply: Apply) -> jax.Array:
+  by_expert = _sort(pairs.ids_NxK, num_experts)
+  slot_NxK = by_expert.place_M.reshape(pairs.ids_NxK.shape)
+  rows_MxD = apply(gather_rows(pairs.x_NxD, by_expert.order_M, slot_NxK), by_expert.end_E - by_expert.begin_E)
+  return combine_rows(rows_MxD, pairs.weights_NxK, by_expert.order_M, slot_NxK)
+
+
+def _ring(pairs: Pairs, num_experts: int, apply: Apply, factor: float) -> jax.Array:
+  devices = rules.axis_size(AXIS)
+  own = num_experts // devices
+  everyone = Pairs(*(rules.all_gather(part, AXIS, 0) for part in pairs))
+  ids_NxK = everyone.ids_NxK - rules.axis_index(AXIS) * own
+  ids_NxK = jnp.where((ids_NxK >= 0) & (ids_NxK < own), ids_NxK, own)
+  by_expert = _sort(ids_NxK, own)
+  slots = _capacity(pairs.ids_NxK.size, factor, ids_NxK.size)
+
+  def round_(r):
+    first = r * slots
+    place_S = first + jnp.arange(slots)
+    pair_S = jnp.where(place_S < by_expert.end_E[-1], _fill(by_expert.order_M, place_S), ids_NxK.size)
+    slot_M = by_expert.place_M - first
+    slot_M = jnp.where((slot_M >= 0) & (slot_M < slots) & (ids_NxK.reshape(-1) < own), slot_M, slots)
+    slot_NxK = slot_M.reshape(ids_NxK.shape)
+    rows_SxD = apply(gather_rows(everyone.x_NxD, pair_S, slot_NxK), _sizes_within(by_expert, first, slots))
+    return combine_rows(rows_SxD, everyone.weights_NxK, pair_S, slot_NxK)
+
+  needed = rules.pmax(-(-by_expert.end_E[-1] // slots), AXES)
+  out_NxD = _rounds(lambda: round_(0), round_, needed, -(-ids_NxK.size // slots))
+  return jax.lax.psum_scatter(out_NxD, AXIS, scatter_dimension=0, tiled=True)
+
+
+def _all_to_all(pairs: Pairs, num_experts: int, apply: Apply, factor: float) -> jax.Array:
+  devices = rules.axis_size(AXIS)
+  own = num_experts // devices
+  N, K = pairs.ids_NxK.shape
+  by_expert = _sort(pairs.ids_NxK, num_experts)
+  begin_P, end_P = by_expert.begin_E[::own], by_expert.end_E[own - 1 :: own]
+  most = N * min(K, own)  # rows that one device can have for another
+  slots = _capacity(-(-N * K // devices), factor, most)
+  device_M = pairs.ids_NxK.reshape(-1) // own  # P for none
+  begin_M = _fill(begin_P, device_M)
+
+  def round_(r):
+    place_PxC = begin_P[:, None] + r * slots + jnp.arange(slots)
+    pair_S = jnp.where(place_PxC < end_P[:, None], _fill(by_expert.order_M, place_PxC), N * K).reshape(-1)
+    offset_M = by_expert.place_M - begin_M - r * slots
+    inside_M = (offset_M >= 0) & (offset_M < slots) & (device_M < devices)
+    slot_NxK = jnp.where(inside_M, device_M * slots + offset_M, devices * slots).reshape(N, K)
+
+    first_E = jnp.repeat(begin_P + r * slots, own)
+    sizes_Pxe = _sizes_within(by_expert, first_E, slots).reshape(devices, own)
+    rows_SxD = swap(gather_rows(pairs.x_NxD, pair_S, slot_NxK).reshape(devices, slots, -1))
+    from_S, to_S, sizes_e = _by_own_expert(swap(sizes_Pxe), slots)
+    done_SxD = permute(apply(permute(rows_SxD.reshape(devices * slots, -1), from_S, to_S), sizes_e), to_S, from_S)
+    back_SxD = swap(done_SxD.reshape(devices, slots, -1)).reshape(devices * slots, -1)
+    return combine_rows(back_SxD, pairs.weights_NxK, pair_S, slot_NxK)
+
+  swap = lambda parts: jax.lax.all_to_all(parts, AXIS, 0, 0)  # noqa: E731
+  needed = rules.pmax(-(-jnp.max(end_P - begin_P) // slots), AXES)
+  return _rounds(lambda: round_(0), round_, needed, -(-most // slots))
+
+
+def _by_own_expert(sizes_Pxe: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Rows came as P blocks of C slots, each block sorted by expert: where each goes so that all are.
+
+  Returns: (the slot that stands at each place, the place of each slot, rows of each expert); padding stands last.
+  """
+  end_Pxe = jnp.cumsum(sizes_Pxe, axis=1)
+  expert_S = jax.vmap(lambda end_e: jnp.searchsorted(end_e, jnp.arange(slots), side="right"))(end_Pxe).reshape(-1)
+  from_S = jnp.argsort(expert_S, stable=True).astype(jnp.int32)
+  return from_S, jnp.argsort(from_S).astype(jnp.int32), sizes_Pxe.sum(axis=0).astype(jnp.int32)
+
+
+def _ragged(pairs: Pairs, num_experts: int, apply: Apply, factor: float) -> jax.Array:
+  devices = rules.axis_size(AXIS)
+  own = num_experts // devices
+  N, K = pairs.ids_NxK.shape
+  by_expert = _sort(pairs.ids_NxK, num_experts)
+  sizes_E = by_expert.end_E - by_expert.begin_E
+  everyones_PxE = rules.all_gather(sizes_E[None], AXIS, 0)
+  me = rules.axis_index(AXIS)
+  rows_PxP = everyones_PxE.reshape(devices, devices, own).sum(axis=-1)  # from, to
+  slots = _capacity(N * K, factor, devices * N * min(K, own))
+  fits = rules.pmax(rows_PxP.sum(axis=0).max(), AXES) <= slots
+
+  def ragged():
+    # Where the block from p to q begins: in p's own order, and in q's buffer.
+    sent_PxP = jnp.cumsum(rows_PxP, axis=1) - rows_PxP
+    kept_PxP = jnp.cumsum(rows_PxP, axis=0) - rows_PxP
+    slot_NxK = jnp.where(pairs.ids_NxK < num_experts, by_expert.place_M.reshape(N, K), N * K)
+    place_M = jnp.arange(N * K)
+    pair_M = jnp.where(place_M < by_expert.end_E[-1], by_expert.order_M, N * K)
+    rows_MxD = gather_rows(pairs.x_NxD, pair_M, slot_NxK)
+    there = ragged_all_to_all(rows_MxD, slots, sent_PxP, kept_PxP, rows_PxP, me, AXIS)
+    sizes_Pxe = jax.lax.dynamic_slice_in_dim(everyones_PxE, me * own, own, axis=1)
+    from_S, to_S, sizes_e = _by_expert_of_blocks(sizes_Pxe, slots)
+    done_SxD = permute(apply(permute(there, from_S, to_S), sizes_e), to_S, from_S)
+    back_MxD = ragged_all_to_all(done_SxD, N * K, kept_PxP.T, sent_PxP.T, rows_PxP.T, me, AXIS)
+    return combine_rows(back_MxD, pairs.weights_NxK, pair_M, slot_NxK)
+
+  return jax.lax.cond(fits, ragged, lambda: _all_to_all(pairs, num_experts, apply, factor))
+
+
+def _by_expert_of_blocks(sizes_Pxe: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """As `_by_own_expert`, for blocks that lie one behind the other without padding."""
+  devices, own = sizes_Pxe.shape
+  end_B = jnp.cumsum(sizes_Pxe.reshape(-1))
+  block_S = jnp.searchsorted(end_B, jnp.arange(slots), side="right")
+  expert_S = jnp.where(block_S < devices * own, block_S % own, own)
+  from_S = jnp.argsort(expert_S, stable=True).astype(jnp.int32)
+  return from_S, jnp.argsort(from_S).astype(jnp.int32), sizes_Pxe.sum(axis=0).astype(jnp.int32)
