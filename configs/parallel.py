@@ -100,3 +100,8 @@ class ParallelConfig:
       self.expert_parallel is not ExpertParallel.LOCAL or self.mesh.expert == 1,
       f"parallel.mesh.expert={self.mesh.expert} needs parallel.expert_parallel=ring, all_to_all or ragged_all_to_all",
     )
+
+  @property
+  def batch_parts(self) -> int:
+    """How many devices hold different rows of a batch."""
+    return math.prod(getattr(self.mesh, axis) for axis in self.rules.batch)

@@ -14,6 +14,7 @@ from typing import Any
 
 from configs.base import ConfigError, Enum, coerce_enum, require, to_dict
 from configs.model import ModelConfig, Remat, YarnConfig
+from configs.parallel import ExpertParallel, MeshConfig, ParallelConfig, ShardingRules
 
 __all__ = [
   "Advantage",
@@ -27,12 +28,15 @@ __all__ = [
   "Denominator",
   "Enum",
   "EvalConfig",
+  "ExpertParallel",
   "IcePopConfig",
   "KVPolicy",
+  "MeshConfig",
   "ModelConfig",
   "OnPurge",
   "OptimizerConfig",
   "PackingConfig",
+  "ParallelConfig",
   "RLConfig",
   "Remat",
   "RolloutConfig",
@@ -40,6 +44,7 @@ __all__ = [
   "RunConfig",
   "SFTConfig",
   "Schedule",
+  "ShardingRules",
   "TaskConfig",
   "TaskSource",
   "TokenWeight",
@@ -190,6 +195,7 @@ class RolloutConfig:
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0  # 0: off
+  parallel: ParallelConfig | None = None  # of the engine; None: as the trainer's (model.parallel)
 
   def __post_init__(self):
     for name, kind in (
@@ -440,6 +446,7 @@ class RunConfig:
       self.rl.objective.kl_coef == 0.0 or self.rl.steps == 0,
       "rl.objective.kl_coef > 0 needs a reference model, which this job does not place",
     )
+    self._check_parallel()
     require(
       self.eval.problems <= self.task.held_out_size,
       f"eval.problems={self.eval.problems}: only task.held_out_size={self.task.held_out_size} are held out",
@@ -449,3 +456,21 @@ class RunConfig:
         count <= self.task.held_out_size,
         f"{name}={count}: only task.held_out_size={self.task.held_out_size} are held out",
       )
+
+  def _check_parallel(self) -> None:
+    """Trainer and engine share their devices here, and rows and slots must fall into equal parts."""
+    train, rollout = self.model.parallel, self.rollout.parallel or self.model.parallel
+    require(
+      rollout.mesh.num_devices == train.mesh.num_devices,
+      f"rollout.parallel.mesh has {rollout.mesh.num_devices} devices, model.parallel.mesh {train.mesh.num_devices}:"
+      " trainer and engine share their devices",
+    )
+    dataclasses.replace(self.model, parallel=rollout)  # the engine's cuts must fit the model as well
+    for name, value, parallel in (
+      ("packing.rows", self.packing.rows, train),
+      ("rollout.slots", self.rollout.slots, rollout),
+      ("rollout.prefill_batch", self.rollout.prefill_batch, rollout),
+      ("eval.slots", self.eval.slots, rollout),
+    ):
+      parts = parallel.batch_parts
+      require(value % parts == 0, f"{name}={value}: must be a multiple of {parts}, the devices that share rows")

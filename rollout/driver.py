@@ -52,8 +52,8 @@ class RolloutDriver:
     self._state = state
 
   def abstract_device_state(self) -> Any:
-    """The shapes of `device_state`, for a restore; None where nothing is saved."""
-    return jax.eval_shape(self._engine.init_decode_state) if self._keep else None
+    """What `device_state` looks like, for a restore; None where nothing is saved."""
+    return self._engine.abstract_decode_state() if self._keep else None
 
   def iterate(
     self,

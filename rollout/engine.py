@@ -24,10 +24,11 @@ import numpy as np
 
 from configs.schema import ModelConfig, RolloutConfig
 from ring_jax import model as ring_model
-from ring_jax.model import KVCache
+from ring_jax.model import CACHE_AXES, KVCache
 from rollout import weights
 from rollout.jetstream_compat import engine_api, tokenizer_pb2
 from rollout.sampling import SamplingParams, sample
+from sharding import rules
 
 _SMALLEST_BUCKET = 16
 
@@ -50,6 +51,10 @@ class DecodeState(NamedTuple):
   generated_B: jax.Array  # int32: how many it has drawn since it was inserted
   uid_B: jax.Array  # uint32
   sampling: SamplingParams
+
+
+_EACH = ("batch",)
+_STATE_AXES = DecodeState(CACHE_AXES, _EACH, _EACH, _EACH, _EACH, _EACH, SamplingParams(_EACH, _EACH, _EACH, _EACH))
 
 
 class Decoded(NamedTuple):
@@ -90,6 +95,7 @@ class RingEngine(engine_api.Engine):
     vocab_mask_V: bool [vocab_size]; False for ids that can never be drawn.
     seed: of the samples.
     tokenizer_path: told to JetStream clients; the engine itself sees token ids only.
+    mesh: of the axes in `configs.parallel`; None: one device.
   """
 
   def __init__(
@@ -101,11 +107,17 @@ class RingEngine(engine_api.Engine):
     vocab_mask_V: np.ndarray,
     seed: int,
     tokenizer_path: str = "",
+    mesh: jax.sharding.Mesh | None = None,
   ):
     if vocab_mask_V.shape != (model.vocab_size,):
       raise ValueError(f"vocab_mask_V has shape {vocab_mask_V.shape}, the model has {model.vocab_size} ids")
     self.config = config
-    self.model = dataclasses.replace(model, dtype=weights.compute_dtype(config.dtype, model.dtype))
+    self.model = dataclasses.replace(
+      model,
+      dtype=weights.compute_dtype(config.dtype, model.dtype),
+      parallel=config.parallel or model.parallel,
+    )
+    self._rules, self._mesh = self.model.parallel.rules, mesh
     self.eos_ids = frozenset(eos_ids)
     self._eos = jnp.asarray(sorted(eos_ids), jnp.int32)
     self._mask_V = jnp.asarray(vocab_mask_V)
@@ -113,25 +125,43 @@ class RingEngine(engine_api.Engine):
     self._tokenizer_path = tokenizer_path
     # Rounded up, so that caches of nearby settings share a compiled program and a bucket never exceeds the cache.
     self._length = _bucket(config.max_len)
-    self._prefill = jax.jit(self._prefill_fn)
-    self._insert = jax.jit(self._insert_fn, donate_argnums=1)
-    self._decode = jax.jit(self._decode_fn, donate_argnums=1, static_argnums=2)
-    self._pack = jax.jit(functools.partial(weights.pack, dtype=config.dtype))
+    on_mesh = functools.partial(rules.Program, mesh)
+    self._prefill = on_mesh(self._prefill_fn)
+    self._insert = on_mesh(self._insert_fn, donate_argnums=1)
+    self._decode = on_mesh(self._decode_fn, donate_argnums=1, static_argnums=2)
+    self._pack = on_mesh(functools.partial(weights.pack, dtype=config.dtype))
+    self._empty = on_mesh(self._empty_fn)
+    self._release = on_mesh(
+      lambda state, running_B: state._replace(
+        remaining_B=jnp.where(rules.reshard(running_B, self._rules, "batch"), state.remaining_B, 0)
+      ),
+      donate_argnums=0,
+    )
 
   # ---- weights and state
 
   def load_params(self, params: ring_model.Params) -> dict[str, Any]:
-    """The trainer's parameters as this engine stores them."""
+    """The trainer's parameters as this engine stores and lays them out."""
+    if self._mesh is not None:
+      params = jax.device_put(params, ring_model.param_shardings(self.model, self._mesh))
     return self._pack(params)
 
   def init_decode_state(self) -> DecodeState:
+    return self._empty()
+
+  def abstract_decode_state(self) -> DecodeState:
+    """Its shapes and shardings."""
+    return self._empty.shapes()
+
+  def _empty_fn(self) -> DecodeState:
     B = self.config.slots
 
     def each(dtype, value=0):  # a buffer of its own for every field: the state is donated
-      return jnp.full((B,), value, dtype)
+      return rules.reshard(jnp.full((B,), value, dtype), self._rules, "batch")
 
+    cache = ring_model.init_cache(self.model, B, self._length)
     return DecodeState(
-      cache=ring_model.init_cache(self.model, B, self._length),
+      cache=KVCache(*(rules.reshard(part, self._rules, *axes) for part, axes in zip(cache, CACHE_AXES, strict=True))),
       token_B=each(jnp.int32),
       position_B=each(jnp.int32),
       remaining_B=each(jnp.int32),
@@ -144,7 +174,7 @@ class RingEngine(engine_api.Engine):
     """Every slot that is not among `running` falls idle; what its cache holds will be overwritten."""
     running_B = np.zeros((self.config.slots,), bool)
     running_B[list(running)] = True
-    return state._replace(remaining_B=jnp.where(running_B, state.remaining_B, 0))
+    return self._release(state, running_B)
 
   # ---- many at once: what the rollout driver calls
 
@@ -206,7 +236,9 @@ class RingEngine(engine_api.Engine):
     )
 
   def get_prefix_destination_sharding(self) -> Any:
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if self._mesh is None:
+      return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
 
   def get_tokenizer(self) -> tokenizer_pb2.TokenizerParameters:
     return tokenizer_pb2.TokenizerParameters(path=self._tokenizer_path)
@@ -225,6 +257,8 @@ class RingEngine(engine_api.Engine):
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
+    if self._mesh is not None:
+      return self._mesh
     return jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))
 
   @property
@@ -243,7 +277,21 @@ class RingEngine(engine_api.Engine):
     return Prefix(out.kv, last_P, lengths_P)
 
   def _insert_fn(self, prefix: Prefix, state: DecodeState, row_I, slot_I, uid_I, limit_I, sampling_I) -> DecodeState:
+    whole = (None, None, "kv_heads", None, None)  # a row may go to any device's slots
+    insert = rules.manual(
+      self._insert_local,
+      self._rules,
+      (Prefix(KVCache(whole, whole), (), ()), _STATE_AXES, (), (), (), (), SamplingParams((), (), (), ())),
+      _STATE_AXES,
+    )
+    return insert(prefix, state, row_I, slot_I, uid_I, limit_I, sampling_I)
+
+  def _insert_local(self, prefix: Prefix, state: DecodeState, row_I, slot_I, uid_I, limit_I, sampling_I) -> DecodeState:
+    """One device's slots."""
     T = prefix.kv.v_LxBxKxSxd.shape[3]
+    own = state.token_B.shape[0]
+    slot_I = slot_I - rules.axis_index(self._rules.batch) * own
+    slot_I = jnp.where((slot_I >= 0) & (slot_I < own), slot_I, own)  # another device's: dropped
 
     def put(values_B, new_I):
       return values_B.at[slot_I].set(new_I, mode="drop")
@@ -271,8 +319,9 @@ class RingEngine(engine_api.Engine):
         self.model, params, state.token_B, state.position_B, active_B, state.cache
       )
       token_B, logp_B = sample(
-        hidden_BxD, params["lm_head"]["kernel"], self._mask_V, state.sampling, state.uid_B, state.position_B + 1
-      )
+        hidden_BxD, params["lm_head"]["kernel"], self._mask_V, state.sampling, state.uid_B, state.position_B + 1,
+        self._rules,
+      )  # fmt: skip
       ended_B = (token_B[:, None] == self._eos).any(axis=-1)
       moved = active_B.astype(jnp.int32)
       state = state._replace(
@@ -284,7 +333,9 @@ class RingEngine(engine_api.Engine):
       )
       return state, Decoded(token_B, logp_B, active_B)
 
-    return jax.lax.scan(step, state, length=steps)
+    state, drawn = jax.lax.scan(step, state, length=steps)
+    # Whole on every device, so that any process can read it.
+    return state, jax.tree.map(lambda x_NxB: rules.reshard(x_NxB, self._rules, None, None), drawn)
 
 
 def _bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:

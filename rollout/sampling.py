@@ -7,6 +7,9 @@
 With neither top-k nor top-p this is the distribution that `kernels.linear_logprob` scores, with the same mask and the
 same temperature (architecture decision 4).
 
+On a mesh the vocabulary is cut: each device has the logits of its part, and what they exchange is a maximum, a sum and
+the masses of the blocks, [B, V / 128] numbers.  Only truncation needs all logits in one place.
+
 A token's randomness is one uniform number keyed by (seed, rollout uid, position), and the token is found by inverting
 the distribution function: a rollout's samples do not depend on its slot, on the batch around it, or on a restart
 (architecture decision 6).  The inversion works in two levels, blocks first, which is faster than Gumbel noise over the
@@ -20,7 +23,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from configs.parallel import AXES, ShardingRules
+from sharding import rules
+
 _BLOCK = 128
+_DEFAULT_RULES = ShardingRules()
 
 
 class SamplingParams(NamedTuple):
@@ -39,6 +46,7 @@ def sample(
   params: SamplingParams,
   uids_B: jax.Array,
   positions_B: jax.Array,
+  sharding: ShardingRules = _DEFAULT_RULES,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one token a slot; returns (tokens [B] int32, logps [B] float32).
 
@@ -46,16 +54,37 @@ def sample(
     vocab_mask_V: bool; False for ids that can never be drawn.
     uids_B: uint32 rollout uids.
     positions_B: the position in its sequence that the token will take.
+    sharding: how a mesh, where there is one, cuts slots and vocabulary.
   """
-  logits_BxV = jnp.dot(hidden_BxD, lm_head_DxV.astype(hidden_BxD.dtype), preferred_element_type=jnp.float32)
-  logits_BxV = jnp.where(vocab_mask_V, logits_BxV / params.temperature_B[:, None], -jnp.inf)
-  cut = (params.top_p_B < 1.0) | (params.top_k_B > 0)
-  logits_BxV = jax.lax.cond(
-    cut.any(), lambda logits: _truncate(logits, params.top_p_B, params.top_k_B), lambda logits: logits, logits_BxV
+  slots = ("batch",)
+  draw = rules.manual(
+    lambda *arguments: _draw(sharding.vocab, *arguments),
+    sharding,
+    (("batch", None), (None, "vocab"), ("vocab",), SamplingParams(slots, slots, slots, slots), slots, slots),
+    (slots, slots),
   )
-  logps_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
-  tokens_B = _invert(jnp.exp(logps_BxV), _uniform(params.seeds_B, uids_B, positions_B))
-  return tokens_B, jnp.take_along_axis(logps_BxV, tokens_B[:, None], axis=-1)[:, 0]
+  return draw(hidden_BxD, lm_head_DxV.astype(hidden_BxD.dtype), vocab_mask_V, params, uids_B, positions_B)
+
+
+def _draw(axes: tuple[str, ...], hidden_BxD, lm_head_DxV, mask_V, params: SamplingParams, uids_B, positions_B):
+  """One device's slots, and its part V of the vocabulary, which is cut over the mesh axes `axes`."""
+  logits_BxV = jnp.dot(hidden_BxD, lm_head_DxV, preferred_element_type=jnp.float32)
+  logits_BxV = jnp.where(mask_V, logits_BxV / params.temperature_B[:, None], -jnp.inf)
+  cut = (params.top_p_B < 1.0) | (params.top_k_B > 0)
+
+  def truncated(logits_BxV):
+    lowest_B = _lowest(rules.all_gather(logits_BxV, axes, 1), params.top_p_B, params.top_k_B)
+    return jnp.where(logits_BxV >= lowest_B[:, None], logits_BxV, -jnp.inf)
+
+  # The same branch on every device, as one of them exchanges.
+  any_cut = rules.pmax(cut.any().astype(jnp.int32), AXES) > 0
+  logits_BxV = jax.lax.cond(any_cut, truncated, lambda logits: logits, logits_BxV)
+  shifted_BxV = logits_BxV - rules.pmax(logits_BxV.max(axis=-1), axes)[:, None]
+  logps_BxV = shifted_BxV - jnp.log(rules.psum(jnp.exp(shifted_BxV).sum(axis=-1), axes))[:, None]
+  token_B, mine_B = _invert(jnp.exp(logps_BxV), _uniform(params.seeds_B, uids_B, positions_B), axes)
+  logp_B = jnp.take_along_axis(logps_BxV, token_B[:, None], axis=-1)[:, 0]
+  token_B = token_B + rules.axis_index(axes) * logits_BxV.shape[1]
+  return rules.psum(jnp.where(mine_B, token_B, 0), axes), rules.psum(jnp.where(mine_B, logp_B, 0.0), axes)
 
 
 def _uniform(seeds_B, uids_B, positions_B):
@@ -66,8 +95,8 @@ def _uniform(seeds_B, uids_B, positions_B):
   return jax.vmap(one)(seeds_B, uids_B, positions_B)
 
 
-def _truncate(logits_BxV, top_p_B, top_k_B):
-  """-inf outside of the top-k and then of the smallest set whose mass reaches top-p (its best token always stays)."""
+def _lowest(logits_BxV, top_p_B, top_k_B):
+  """The least logit within the top-k and then the smallest set whose mass reaches top-p (its best token always stays)."""
   V = logits_BxV.shape[-1]
   sorted_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
   k_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, V), V)
@@ -75,19 +104,25 @@ def _truncate(logits_BxV, top_p_B, top_k_B):
   probs_BxV = jax.nn.softmax(sorted_BxV, axis=-1)
   mass_before_BxV = jnp.cumsum(probs_BxV, axis=-1) - probs_BxV
   inside_BxV = (mass_before_BxV < top_p_B[:, None]) & jnp.isfinite(sorted_BxV)
-  lowest_B = jnp.min(jnp.where(inside_BxV, sorted_BxV, jnp.inf), axis=-1)
-  return jnp.where(logits_BxV >= lowest_B[:, None], logits_BxV, -jnp.inf)
+  return jnp.min(jnp.where(inside_BxV, sorted_BxV, jnp.inf), axis=-1)
 
 
-def _invert(probs_BxV: jax.Array, uniform_B: jax.Array) -> jax.Array:
-  """The first token whose distribution function exceeds the uniform number; never one of probability 0."""
+def _invert(probs_BxV: jax.Array, uniform_B: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array]:
+  """The first token whose distribution function exceeds the uniform number; never one of probability 0.
+
+  Returns: (its index in this device's part, whether it is there).
+  """
   B, V = probs_BxV.shape
   blocks_BxCxW = jnp.pad(probs_BxV, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
-  mass_BxC = blocks_BxCxW.sum(axis=-1)
+  own = blocks_BxCxW.shape[1]
+  mass_BxC = rules.all_gather(blocks_BxCxW.sum(axis=-1), axes, 1)
   block_B, rest_B = _first_above(mass_BxC, uniform_B * mass_BxC.sum(axis=-1))
+  block_B = block_B - rules.axis_index(axes) * own
+  mine_B = (block_B >= 0) & (block_B < own)
+  block_B = jnp.where(mine_B, block_B, 0)
   inside_BxW = jnp.take_along_axis(blocks_BxCxW, block_B[:, None, None], axis=1)[:, 0]
   token_B, _ = _first_above(inside_BxW, rest_B)
-  return (block_B * _BLOCK + token_B).astype(jnp.int32)
+  return jnp.minimum(block_B * _BLOCK + token_B, V - 1).astype(jnp.int32), mine_B
 
 
 def _first_above(mass_BxN: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:

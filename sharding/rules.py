@@ -35,6 +35,31 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
   return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+class Program:
+  """`jax.jit` of a function that is traced, lowered and run on a mesh; on None: on one device, without one."""
+
+  def __init__(self, mesh: Mesh | None, function: Callable[..., Any], **options: Any):
+    self._mesh, self._jitted = mesh, jax.jit(function, **options)
+
+  def __call__(self, *arguments: Any) -> Any:
+    with use_mesh(self._mesh):
+      return self._jitted(*arguments)
+
+  def lower(self, *arguments: Any) -> jax.stages.Lowered:
+    with use_mesh(self._mesh):
+      return self._jitted.lower(*arguments)
+
+  def shapes(self, *arguments: Any) -> Any:
+    """What a call would return, as `jax.ShapeDtypeStruct`s that say where each array would lie."""
+    with use_mesh(self._mesh):
+      out = self._jitted.eval_shape(*arguments)
+    return out if self._mesh is None else jax.tree.map(self._placed, out)
+
+  def _placed(self, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    spec_ = leaf.sharding.spec if leaf.sharding is not None else PartitionSpec()
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(self._mesh, spec_))
+
+
 def _mesh() -> Any:
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.empty else mesh
@@ -82,8 +107,9 @@ def axis_size(axes: str | Sequence[str]) -> int:
   return size
 
 
-def axis_index(axis: str) -> jax.Array | int:
-  return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
+def axis_index(axes: str | Sequence[str]) -> jax.Array | int:
+  """This device's place along mesh axes, the first of them major; 0 without a mesh."""
+  return jax.lax.axis_index(axes) if axis_size(axes) > 1 else 0
 
 
 def psum(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:

@@ -92,6 +92,8 @@ def _devices(topology: Topology) -> tuple[Any, ...]:
   except Exception as error:
     text = " ".join(str(error).split())
     if "libtpu" in text and ("find" in text or "open" in text or "No module" in text):
-      raise ConfigError(f"topology {topology}: the TPU compiler is missing: pip install --no-deps --target {_LIBRARY.parents[1]} libtpu==0.0.42.1") from error
+      raise ConfigError(
+        f"topology {topology}: the TPU compiler is missing: pip install --no-deps --target {_LIBRARY.parents[1]} libtpu==0.0.42.1"
+      ) from error
     raise ConfigError(f"topology {topology}: the TPU compiler knows none such: {text[:200]}") from error
   return tuple(described.devices)

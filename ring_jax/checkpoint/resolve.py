@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from configs import loading
 from configs.schema import ModelConfig
 from ring_jax.checkpoint import hf, shards, store
 from ring_jax.checkpoint.errors import CheckpointError
+from ring_jax.checkpoint.hf_source import HFSource
 from ring_jax.model import Params, abstract_params
 
 CHECKPOINTS = "checkpoints"  # of a workdir
@@ -25,23 +27,36 @@ class Opened(NamedTuple):
   extras: dict[str, Any]  # "folder": what was read; of a run also "config" (its RunConfig) and "host", as JSON data
 
 
-def open_checkpoint(path: str | os.PathLike, dtype: str | None = None) -> Opened:
+def open_checkpoint(
+  path: str | os.PathLike, dtype: str | None = None, shardings: Callable[[ModelConfig], Params] | None = None
+) -> Opened:
   """Reads the model of a Hugging Face folder, an Orbax step folder, or a workdir (its newest readable step).
 
   Args:
     dtype: of parameters (the router stays float32) and activations; default: as stored.
+    shardings: from the model that is found to a tree of shardings, onto which it is read part by part; default: all on
+      the first device.
 
   Raises:
     CheckpointError: the path is none of the three, or what lies there is damaged.
   """
   folder = pathlib.Path(path)
+
+  def trees(run: dict[str, Any]) -> dict[str, Params]:
+    config = loading.model_from_dict(run["config"]["model"])
+    params = abstract_params(config)
+    if shardings is not None:
+      params = jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), params, shardings(config))
+    return {"params": params}
+
   if store.is_checkpoint(folder):
-    return _from_run(store.read(folder, _trees), folder, dtype)
+    return _from_run(store.read(folder, trees), folder, dtype)
   if (folder / CHECKPOINTS).is_dir():
-    data, _ = store.read_newest(folder / CHECKPOINTS, _trees)
+    data, _ = store.read_newest(folder / CHECKPOINTS, trees)
     return _from_run(data, folder / CHECKPOINTS / str(data["run"]["step"]), dtype)
   if _is_hf(folder):
-    config, params = hf.load(folder, dtype=dtype)
+    placed = None if shardings is None else shardings(HFSource(folder, dtype).config)
+    config, params = hf.load(folder, shardings=placed, dtype=dtype)
     return Opened(config, params, None, {"folder": folder})
   raise _none(folder)
 
@@ -79,10 +94,6 @@ def _none(folder: pathlib.Path) -> CheckpointError:
     f"{folder}: is no checkpoint ({found}); give a Hugging Face folder (config.json and {shards.SINGLE} or"
     f" {shards.INDEX}), an Orbax step folder (with params/ in it), or a workdir (with {CHECKPOINTS}/<step>/ in it)"
   )
-
-
-def _trees(run: dict[str, Any]) -> dict[str, Params]:
-  return {"params": abstract_params(loading.model_from_dict(run["config"]["model"]))}
 
 
 def _from_run(data: dict[str, Any], folder: pathlib.Path, dtype: str | None) -> Opened:

@@ -10,11 +10,12 @@ from ring_jax.model.api import (
   num_params,
   param_shardings,
 )
-from ring_jax.model.attention import KVCache, init_cache
+from ring_jax.model.attention import CACHE_AXES, KVCache, init_cache
 from ring_jax.model.router import updated_bias
 from ring_jax.model.transformer import ForwardOutput
 
 __all__ = [
+  "CACHE_AXES",
   "ForwardOutput",
   "KVCache",
   "Params",

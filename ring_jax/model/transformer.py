@@ -83,7 +83,7 @@ class Embedding(nnx.Module):
     embedding_VxD = rules.all_gather(embedding_VxD.astype(self.config.dtype), axes.embed, 1)
     if rules.axis_size(axes.vocab) == 1:
       return embedding_VxD[tokens_BxT]
-    row_BxT = tokens_BxT - rules.axis_index(*axes.vocab) * embedding_VxD.shape[0]
+    row_BxT = tokens_BxT - rules.axis_index(axes.vocab) * embedding_VxD.shape[0]
     mine_BxT = (row_BxT >= 0) & (row_BxT < embedding_VxD.shape[0])
     found_BxTxD = embedding_VxD[jnp.where(mine_BxT, row_BxT, 0)]
     return rules.psum(jnp.where(mine_BxT[..., None], found_BxTxD, 0), axes.vocab)

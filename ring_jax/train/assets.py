@@ -3,14 +3,16 @@
 import dataclasses
 import pathlib
 
+from jax.sharding import Mesh
+
 from configs.schema import ModelConfig, RolloutConfig, TaskConfig, TokenizerConfig, require
 from ring_jax.checkpoint.resolve import open_checkpoint
 from ring_jax.data.tasks import TaskSet, token_limits
 from ring_jax.data.tokenizer import Tokenizer
-from ring_jax.model import Params, init_params
+from ring_jax.model import Params, init_params, param_shardings
 
 # Fields of the model config that say how it is computed, not what: a checkpoint may differ in them.
-_COMPUTED_HOW = ("dtype", "param_dtype", "remat", "initializer_range", "max_position_embeddings")
+_COMPUTED_HOW = ("dtype", "param_dtype", "remat", "initializer_range", "max_position_embeddings", "parallel")
 
 
 def prepare_tokenizer(config: TokenizerConfig, init: str, tasks: TaskSet, built: pathlib.Path) -> Tokenizer:
@@ -47,11 +49,18 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
   )
 
 
-def initial_params(model: ModelConfig, init: str, seed: int) -> Params:
-  """Weights of the initial checkpoint in the model's `param_dtype`; random ones where there is none."""
+def initial_params(model: ModelConfig, init: str, seed: int, mesh: Mesh | None = None) -> Params:
+  """Weights of the initial checkpoint in the model's `param_dtype`; random ones where there is none.
+
+  On a mesh every device gets its own parts, and no other.
+  """
   if not init:
-    return init_params(model, seed)
-  opened = open_checkpoint(init, dtype=model.param_dtype)
+    return init_params(model, seed, mesh)
+
+  def placed(found: ModelConfig) -> Params:
+    return param_shardings(dataclasses.replace(found, parallel=model.parallel), mesh)
+
+  opened = open_checkpoint(init, dtype=model.param_dtype, shardings=None if mesh is None else placed)
   differing = [
     f"{field.name} ({getattr(opened.config, field.name)} there, {getattr(model, field.name)} in the config)"
     for field in dataclasses.fields(ModelConfig)

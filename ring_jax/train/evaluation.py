@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from configs.schema import BudgetCounts, KVPolicy, ModelConfig, OnPurge, RolloutConfig, RolloutDtype, Unit
 from ring_jax.data.tasks import Problem
@@ -48,10 +49,19 @@ class Evaluator:
     slots, samples: how many sequences decode at once; answers a problem.
     scorer: running.
     seed: of the answers.
+    mesh: the engine's; None: one device.
   """
 
   def __init__(
-    self, model: ModelConfig, rollout: RolloutConfig, *, slots: int, samples: int, scorer: Scorer, seed: int = _SEED
+    self,
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    *,
+    slots: int,
+    samples: int,
+    scorer: Scorer,
+    seed: int = _SEED,
+    mesh: Mesh | None = None,
   ):
     self._scorer = scorer
     self._config = dataclasses.replace(
@@ -66,6 +76,7 @@ class Evaluator:
       eos_ids=scorer.tokenizer.eos_ids,
       vocab_mask_V=scorer.tokenizer.sampleable_mask(model.vocab_size),
       seed=seed,
+      mesh=mesh,
     )
 
   def __call__(

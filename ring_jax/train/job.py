@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import jax
+from jax.sharding import Mesh
 
 from configs.schema import RunConfig, to_dict
 from ring_jax.checkpoint.store import RunStore
@@ -34,6 +34,7 @@ from ring_jax.train.workdir import Workdir
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.scheduler import C3POScheduler
+from sharding.mesh import make_mesh
 
 
 class Stopped(Exception):
@@ -72,6 +73,15 @@ def run_job(config: RunConfig, path: str, until: Literal["sft", "rl"] = "rl") ->
       return Job(config, workdir, pool, report).run(until)
 
 
+def meshes(config: RunConfig) -> tuple[Mesh | None, Mesh | None]:
+  """The trainer's and the engine's; None for one device."""
+  train, rollout = config.model.parallel.mesh, (config.rollout.parallel or config.model.parallel).mesh
+  if train.num_devices == 1:
+    return None, None
+  mesh = make_mesh(train)
+  return mesh, mesh if rollout == train else make_mesh(rollout)
+
+
 class Job:
   def __init__(self, config: RunConfig, workdir: Workdir, pool: ScoringPool, report: RunReport):
     self._config, self._report = config, report
@@ -86,10 +96,12 @@ class Job:
       "sft": make_optimizer(config.sft.optimizer, config.sft.steps),
       "rl": make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.minibatches),
     }
-    programs = Programs(config, mask_V, self._optimizers)
+    self._mesh, self._rollout_mesh = meshes(config)
+    self._programs = programs = Programs(config, mask_V, self._optimizers, self._mesh)
     engine = RingEngine(
-      config.model, config.rollout, eos_ids=self._tokenizer.eos_ids, vocab_mask_V=mask_V, seed=config.seed
-    )
+      config.model, config.rollout, eos_ids=self._tokenizer.eos_ids, vocab_mask_V=mask_V, seed=config.seed,
+      mesh=self._rollout_mesh,
+    )  # fmt: skip
     self._scheduler = C3POScheduler(config.rollout)
     self._driver = RolloutDriver(engine, self._scheduler)
     self._streams = {phase: ProblemStream(tasks, self._tokenizer) for phase in ("sft", "rl")}
@@ -134,7 +146,7 @@ class Job:
         self._checkpoint_if_due()
     self._evaluate("sft" if config.steps else "start")
     progress.phase, progress.phase_step = "rl", 0
-    self.opt_state = jax.jit(self._optimizers["rl"].init)(self.params)
+    self.opt_state = self._programs.init_optimizer(self.params, "rl")
     if self._config.rl.steps:
       self._save()
 
@@ -170,8 +182,9 @@ class Job:
   def _evaluator(self, samples: int) -> Evaluator:
     if samples not in self._evaluators:
       self._evaluators[samples] = Evaluator(
-        self._config.model, self._config.rollout, slots=self._config.eval.slots, samples=samples, scorer=self._scorer
-      )
+        self._config.model, self._config.rollout, slots=self._config.eval.slots, samples=samples, scorer=self._scorer,
+        mesh=self._rollout_mesh,
+      )  # fmt: skip
     return self._evaluators[samples]
 
   def _probe(self, problems: int, samples: int) -> float:
@@ -215,9 +228,9 @@ class Job:
     config = self._config
     resumed = self._store.latest_step() is not None
     if resumed:
-      abstract = abstract_params(config.model)
+      abstract = abstract_params(config.model, self._mesh)
       found = self._store.restore(
-        abstract, jax.eval_shape(self._optimizers["sft"].init, abstract), extra=self._driver.abstract_device_state()
+        abstract, self._programs.init_optimizer.shapes(abstract, "sft"), extra=self._driver.abstract_device_state()
       )
       self.progress = Progress(**found.host)
       self.params, self.opt_state = found.params, found.optimizer_state
@@ -226,8 +239,8 @@ class Job:
         self._driver.restore_device_state(found.extra)
     else:
       self.progress = Progress()
-      self.params = initial_params(config.model, config.init, config.seed)
-      self.opt_state = jax.jit(self._optimizers["sft"].init)(self.params)
+      self.params = initial_params(config.model, config.init, config.seed, self._mesh)
+      self.opt_state = self._programs.init_optimizer(self.params, "sft")
     self._streams["sft"].cursor = self.progress.sft_cursor
     self._streams["rl"].cursor = self.progress.rl_cursor
     self._report.begin(self.progress.step, resumed)

@@ -7,17 +7,20 @@ whole minibatch.
 Dimension key: R rows of a microbatch, T tokens of a row, N = R * T, D hidden, V vocabulary, L MoE layers, E experts.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from configs.schema import RunConfig
 from kernels.icepop import policy_loss
 from kernels.linear_logprob import linear_logprob
 from ring_jax.model import Params, forward, is_router_bias, updated_bias
+from sharding import rules
 
 
 class Tokens(NamedTuple):
@@ -54,22 +57,31 @@ class Programs:
     config: the run.
     vocab_mask_V: bool; the ids that may be drawn.  The engine masks the same ones.
     optimizers: of the phases, by name.
+    mesh: of the axes in `configs.parallel`; None: one device.
   """
 
-  def __init__(self, config: RunConfig, vocab_mask_V: np.ndarray, optimizers: dict[str, optax.GradientTransformation]):
-    self._config = config
+  def __init__(
+    self,
+    config: RunConfig,
+    vocab_mask_V: np.ndarray,
+    optimizers: dict[str, optax.GradientTransformation],
+    mesh: Mesh | None = None,
+  ):
+    self._config, self._rules = config, config.model.parallel.rules
     self._mask_V = jnp.asarray(vocab_mask_V)
     self._optimizers = optimizers
-    self.zeros = jax.jit(self._zeros)
-    self.sft_gradients = jax.jit(self._sft_gradients, donate_argnums=1)
-    self.logprobs = jax.jit(self._logprobs)
-    self.rl_gradients = jax.jit(self._rl_gradients, donate_argnums=1, static_argnums=4)
-    self.apply = jax.jit(self._apply, donate_argnums=(0, 1), static_argnums=3)
-    self.balance = jax.jit(self._balance, donate_argnums=0)
+    on_mesh = functools.partial(rules.Program, mesh)
+    self.zeros = on_mesh(self._zeros)
+    self.sft_gradients = on_mesh(self._sft_gradients, donate_argnums=1)
+    self.logprobs = on_mesh(self._logprobs)
+    self.rl_gradients = on_mesh(self._rl_gradients, donate_argnums=1, static_argnums=4)
+    self.init_optimizer = on_mesh(lambda params, phase: self._optimizers[phase].init(params), static_argnums=1)
+    self.apply = on_mesh(self._apply, donate_argnums=(0, 1), static_argnums=3)
+    self.balance = on_mesh(self._balance, donate_argnums=0)
 
   def _zeros(self, params: Params) -> Gradients:
     counts_LxE = jnp.zeros((self._config.model.num_moe_layers, self._config.model.num_experts), jnp.int32)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
     return Gradients(zeros, jnp.zeros((), jnp.float32), counts_LxE)
 
   def _accumulate(self, sums: Gradients, loss_of, params: Params):
@@ -79,9 +91,17 @@ class Programs:
 
   def _logprob(self, params: Params, hidden_RxTxD, targets_RxT, temperature):
     return linear_logprob(
-      hidden_RxTxD.reshape(-1, hidden_RxTxD.shape[-1]), params["lm_head"]["kernel"], targets_RxT.reshape(-1),
-      temperature=temperature, vocab_mask=self._mask_V,
-    )  # fmt: skip
+      *self._head(params, hidden_RxTxD), self._rows(targets_RxT), temperature=temperature, vocab_mask=self._mask_V
+    )
+
+  def _rows(self, field_RxT: jax.Array) -> jax.Array:
+    """A field of the microbatch as the loss takes it, [N], cut like the rows."""
+    return rules.reshard(field_RxT, self._rules, "batch", None).reshape(-1)
+
+  def _head(self, params: Params, hidden_RxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hidden states [N, D] and the output matrix [D, V], on a mesh cut as they are multiplied: rows and vocabulary."""
+    kernel_DxV = params["lm_head"]["kernel"].astype(hidden_RxTxD.dtype)
+    return hidden_RxTxD.reshape(-1, hidden_RxTxD.shape[-1]), rules.reshard(kernel_DxV, self._rules, None, "vocab")
 
   def _sft_gradients(self, params: Params, sums: Gradients, batch: Tokens, weights_RxT):
     """Adds the gradient of sum(weights * -logp); with an MTP layer also of its loss (bailing_moe_v2.md 3.9)."""
@@ -89,13 +109,13 @@ class Programs:
     def loss_of(params):
       out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT)
       logp_N = self._logprob(params, out.hidden_BxTxD, batch.targets_RxT, 1.0).logp
-      loss = -_weighted_sum(weights_RxT, logp_N)
+      loss = -_weighted_sum(self._rows(weights_RxT), logp_N)
       if out.mtp_hidden_BxTxD is not None:
         # Position t predicts t + 2: the next position's target, where that one belongs to the same sequence.
         targets_RxT, weights = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch.targets_RxT, weights_RxT))
         same_RxT = batch.segments_RxT == jnp.pad(batch.segments_RxT[:, 1:], ((0, 0), (0, 1)))
         mtp_logp_N = self._logprob(params, out.mtp_hidden_BxTxD, targets_RxT, 1.0).logp
-        loss -= self._config.sft.mtp_loss_scale * _weighted_sum(weights * same_RxT, mtp_logp_N)
+        loss -= self._config.sft.mtp_loss_scale * _weighted_sum(self._rows(weights * same_RxT), mtp_logp_N)
       return loss, (out.expert_counts_LxE, None)
 
     return self._accumulate(sums, loss_of, params)[0]
@@ -116,10 +136,10 @@ class Programs:
 
     def loss_of(params):
       out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
-      flat = RLFields(*(field.reshape(-1) for field in fields))
+      flat = RLFields(*map(self._rows, fields))
       loss, metrics = policy_loss(
-        out.hidden_BxTxD.reshape(-1, out.hidden_BxTxD.shape[-1]), params["lm_head"]["kernel"],
-        batch.targets_RxT.reshape(-1), None if only_minibatch else flat.logp_old_RxT, flat.logp_infer_RxT,
+        *self._head(params, out.hidden_BxTxD), self._rows(batch.targets_RxT),
+        None if only_minibatch else flat.logp_old_RxT, flat.logp_infer_RxT,
         flat.advantages_RxT, flat.mask_RxT, objective, temperature=self._config.rollout.temperature,
         vocab_mask=self._mask_V, weights=flat.weights_RxT,
       )  # fmt: skip
@@ -143,7 +163,6 @@ class Programs:
     return jax.tree_util.tree_map_with_path(move, params)
 
 
-def _weighted_sum(weights_RxT: jax.Array, logp_N: jax.Array) -> jax.Array:
+def _weighted_sum(weights_N: jax.Array, logp_N: jax.Array) -> jax.Array:
   """Positions of weight 0 are left out, whatever stands there: a padding id may have log-prob minus infinity."""
-  weights_N = weights_RxT.reshape(-1)
   return jnp.sum(weights_N * jnp.where(weights_N > 0, logp_N, 0.0))
