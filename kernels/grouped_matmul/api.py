@@ -1,26 +1,27 @@
 """The grouped matmul: out[m] = lhs[m] @ rhs[group of m], rows sorted by group (architecture decision 9).
 
+Both fast backends have a forward and a backward pass over the same arrays, so that one VJP serves them, and which of
+them runs is decided where a program is compiled: the same trace runs on a CPU and compiles for a TPU.
+
 Dimension key: M rows, E groups, K inner, N outer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from configs.schema import Enum
+from configs.schema import Enum, require
 from kernels.choice import choose
-from kernels.grouped_matmul.blocked import grouped_matmul_blocked
+from kernels.grouped_matmul import blocked, megablox
 from kernels.grouped_matmul.reference import grouped_matmul_reference
 
 
 class Implementation(Enum):
   REFERENCE = "reference"  # every row times every group's matrix, masked: E times the work, obviously right
   BLOCKED = "blocked"  # blocks of rows of one group, in XLA: CPU and GPU
-
-
-_FUNCTIONS = {
-  Implementation.REFERENCE: grouped_matmul_reference,
-  Implementation.BLOCKED: grouped_matmul_blocked,
-}
+  MEGABLOX = "megablox"  # JAX's Pallas kernels: TPU; elsewhere interpreted, for tests
 
 
 def grouped_matmul(
@@ -37,16 +38,15 @@ def grouped_matmul(
     rhs_ExKxN: one matrix a group, same dtype as lhs.
     group_sizes_E: integers >= 0, rows of each group in order.  Their sum may be less than M: the rows beyond belong to
       no group, are zero in the result and get zero gradient.  A sum above M is not allowed (and cannot be checked).
-    implementation: None means `blocked`.
+    implementation: None means `megablox` where the program is compiled for a TPU, else `blocked`.
 
   Returns:
     out_MxN in the dtype of lhs; products are summed in float32 (float64 for float64 arguments).
 
   Raises:
-    ConfigError: unknown implementation.
+    ConfigError: unknown implementation, or one that does not take the dtype.
     ValueError: shapes or dtypes that do not fit together.
   """
-  chosen = choose(implementation, Implementation.BLOCKED, "grouped_matmul")
   if lhs_MxK.ndim != 2 or rhs_ExKxN.ndim != 3 or lhs_MxK.shape[1] != rhs_ExKxN.shape[1]:
     raise ValueError(f"grouped_matmul: lhs {lhs_MxK.shape} and rhs {rhs_ExKxN.shape}: expected [M, K] and [E, K, N]")
   if group_sizes_E.shape != rhs_ExKxN.shape[:1] or not jnp.issubdtype(group_sizes_E.dtype, jnp.integer):
@@ -58,4 +58,40 @@ def grouped_matmul(
     raise ValueError(
       f"grouped_matmul: lhs is {lhs_MxK.dtype} and rhs {rhs_ExKxN.dtype}: expected one floating dtype for both"
     )
-  return _FUNCTIONS[chosen](lhs_MxK, rhs_ExKxN, group_sizes_E)
+  fits_megablox = lhs_MxK.dtype in megablox.DTYPES
+  if implementation is None:
+    return _differentiable(lhs_MxK, rhs_ExKxN, group_sizes_E, None if fits_megablox else Implementation.BLOCKED)
+  chosen = choose(implementation, Implementation.BLOCKED, "grouped_matmul")
+  if chosen is Implementation.REFERENCE:
+    return grouped_matmul_reference(lhs_MxK, rhs_ExKxN, group_sizes_E)
+  require(
+    chosen is Implementation.BLOCKED or fits_megablox,
+    f"grouped_matmul: implementation='megablox' with {lhs_MxK.dtype}: bfloat16 or float32",
+  )
+  return _differentiable(lhs_MxK, rhs_ExKxN, group_sizes_E, chosen)
+
+
+def _run(chosen: Implementation | None, name: str, *arrays: jax.Array):
+  """The pass of that name.  Interpreting a kernel is for tests, hence never the default."""
+  fast, kernel = getattr(blocked, name), getattr(megablox, name)
+  if chosen is Implementation.BLOCKED:
+    return fast(*arrays)
+  other = fast if chosen is None else functools.partial(kernel, interpret=True)
+  return jax.lax.platform_dependent(*arrays, tpu=kernel, default=other)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _differentiable(lhs_MxK, rhs_ExKxN, group_sizes_E, chosen):
+  return _run(chosen, "forward", lhs_MxK, rhs_ExKxN, group_sizes_E)
+
+
+def _forward(lhs_MxK, rhs_ExKxN, group_sizes_E, chosen):
+  return _differentiable(lhs_MxK, rhs_ExKxN, group_sizes_E, chosen), (lhs_MxK, rhs_ExKxN, group_sizes_E)
+
+
+def _backward(chosen, residuals, dout_MxN):
+  dlhs_MxK, drhs_ExKxN = _run(chosen, "backward", *residuals, dout_MxN)
+  return dlhs_MxK, drhs_ExKxN, np.zeros(residuals[2].shape, jax.dtypes.float0)
+
+
+_differentiable.defvjp(_forward, _backward)

@@ -6,7 +6,8 @@ its rows go through matmuls large enough to run at full speed.  Full blocks lie 
 last one may reach into the next group (or, moved back to stay inside the array, into the group before) and leaves those
 rows as they were.
 
-The loops have trip counts that depend on the group sizes, which XLA cannot differentiate, hence the hand-written VJP:
+The loops have trip counts that depend on the group sizes, which XLA cannot differentiate, hence a backward pass of its
+own:
 
     dlhs = grouped_matmul(dout, rhs transposed)          drhs[e] = lhs[rows of e]^T @ dout[rows of e]
 
@@ -95,7 +96,8 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
   return lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
 
 
-def _forward(lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def forward(lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+  """out_MxN; see the api."""
   num_rows, num_groups = lhs_MxK.shape[0], rhs_ExKxN.shape[0]
   out_MxN = jnp.zeros((num_rows, rhs_ExKxN.shape[2]), lhs_MxK.dtype)
   if num_rows == 0 or num_groups == 0:
@@ -117,9 +119,10 @@ def _forward(lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array)
   return _for_groups(group_sizes_E, out_MxN, group)
 
 
-def _backward(
+def backward(
   lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array, dout_MxN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+  """(dlhs_MxK, drhs_ExKxN) for the cotangent of the result."""
   num_rows, num_groups = lhs_MxK.shape[0], rhs_ExKxN.shape[0]
   grads = (jnp.zeros_like(lhs_MxK), jnp.zeros_like(rhs_ExKxN))
   if num_rows == 0 or num_groups == 0:
@@ -148,21 +151,3 @@ def _backward(
     return dlhs_MxK, lax.dynamic_update_index_in_dim(drhs_ExKxN, sum_KxN.astype(drhs_ExKxN.dtype), e, 0)
 
   return _for_groups(group_sizes_E, grads, group)
-
-
-@jax.custom_vjp
-def grouped_matmul_blocked(lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-  return _forward(lhs_MxK, rhs_ExKxN, group_sizes_E)
-
-
-def _vjp_forward(lhs_MxK, rhs_ExKxN, group_sizes_E):
-  return _forward(lhs_MxK, rhs_ExKxN, group_sizes_E), (lhs_MxK, rhs_ExKxN, group_sizes_E)
-
-
-def _vjp_backward(residuals, dout_MxN):
-  lhs_MxK, rhs_ExKxN, group_sizes_E = residuals
-  dlhs_MxK, drhs_ExKxN = _backward(lhs_MxK, rhs_ExKxN, group_sizes_E, dout_MxN)
-  return dlhs_MxK, drhs_ExKxN, np.zeros(group_sizes_E.shape, jax.dtypes.float0)
-
-
-grouped_matmul_blocked.defvjp(_vjp_forward, _vjp_backward)
