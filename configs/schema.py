@@ -31,6 +31,7 @@ __all__ = [
   "ExpertParallel",
   "IcePopConfig",
   "KVPolicy",
+  "Memory",
   "MeshConfig",
   "ModelConfig",
   "OnPurge",
@@ -302,6 +303,11 @@ class Schedule(Enum):
   COSINE = "cosine"
 
 
+class Memory(Enum):
+  DEVICE = "device"
+  HOST = "host"  # pinned host memory
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW with warm-up (papers.md 1.2)."""
@@ -314,9 +320,11 @@ class OptimizerConfig:
   eps: float = 1e-8
   weight_decay: float = 0.01
   grad_clip: float = 1.0  # global norm
+  memory: Memory = Memory.DEVICE  # where its state waits between steps
 
   def __post_init__(self):
     coerce_enum(self, "schedule", Schedule, "optimizer")
+    coerce_enum(self, "memory", Memory, "optimizer")
     require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate}: must be > 0")
     require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: must be at least 0")
     require(0 <= self.b1 < 1 and 0 <= self.b2 < 1, "optimizer: b1 and b2 must be from 0 to below 1")

@@ -153,7 +153,7 @@ class Training:
         for part in minibatches
       ]
       for part, logp_old in zip(minibatches, old, strict=True):
-        sums = self.programs.zeros(params)
+        sums = None
         for batch, fields in zip(part.microbatches, rl_fields(part, logp_old, rl.objective), strict=True):
           sums, _ = self.programs.rl_gradients(params, sums, model_tokens(batch), fields, logp_old is None)
         first = jax.device_get(sums.params) if first is None else first
@@ -266,7 +266,7 @@ class CrossEntropy:
     weights_BxT = np.full((B, T), 1.0 / (B * (T - 1)), np.float32)
     weights_BxT[:, -1] = targets[:, -1] = 0
     batch = Tokens(self.tokens, positions, np.ones((B, T), np.int32), targets)
-    return jax.device_get(programs.sft_gradients(self.params, programs.zeros(self.params), batch, weights_BxT)).params
+    return jax.device_get(programs.sft_gradients(self.params, None, batch, weights_BxT)).params
 
   @functools.cached_property
   def torch(self) -> dict[str, Any]:

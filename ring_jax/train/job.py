@@ -230,7 +230,7 @@ class Job:
     if resumed:
       abstract = abstract_params(config.model, self._mesh)
       found = self._store.restore(
-        abstract, self._programs.init_optimizer.shapes(abstract, "sft"), extra=self._driver.abstract_device_state()
+        abstract, self._programs.abstract_optimizer(abstract, "sft"), extra=self._driver.abstract_device_state()
       )
       self.progress = Progress(**found.host)
       self.params, self.opt_state = found.params, found.optimizer_state

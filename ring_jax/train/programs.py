@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from configs.schema import RunConfig
+from configs.schema import Memory, RunConfig
 from kernels.icepop import policy_loss
 from kernels.linear_logprob import linear_logprob
 from ring_jax.model import Params, forward, is_router_bias, updated_bias
@@ -71,23 +71,17 @@ class Programs:
     self._mask_V = jnp.asarray(vocab_mask_V)
     self._optimizers = optimizers
     on_mesh = functools.partial(rules.Program, mesh)
-    self.zeros = on_mesh(self._zeros)
     self.sft_gradients = on_mesh(self._sft_gradients, donate_argnums=1)
     self.logprobs = on_mesh(self._logprobs)
     self.rl_gradients = on_mesh(self._rl_gradients, donate_argnums=1, static_argnums=4)
-    self.init_optimizer = on_mesh(lambda params, phase: self._optimizers[phase].init(params), static_argnums=1)
+    self.init_optimizer = on_mesh(self._init_optimizer, static_argnums=1)
     self.apply = on_mesh(self._apply, donate_argnums=(0, 1), static_argnums=3)
     self.balance = on_mesh(self._balance, donate_argnums=0)
 
-  def _zeros(self, params: Params) -> Gradients:
-    counts_LxE = jnp.zeros((self._config.model.num_moe_layers, self._config.model.num_experts), jnp.int32)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
-    return Gradients(zeros, jnp.zeros((), jnp.float32), counts_LxE)
-
-  def _accumulate(self, sums: Gradients, loss_of, params: Params):
+  def _accumulate(self, sums: Gradients | None, loss_of, params: Params):
     (loss, (counts_LxE, out)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    total = jax.tree.map(jnp.add, sums.params, grads)
-    return Gradients(total, sums.loss + loss, sums.counts_LxE + counts_LxE), out
+    found = Gradients(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads), loss, counts_LxE)
+    return found if sums is None else jax.tree.map(jnp.add, sums, found), out
 
   def _logprob(self, params: Params, hidden_RxTxD, targets_RxT, temperature):
     return linear_logprob(
@@ -104,8 +98,11 @@ class Programs:
     hidden_RxTxD = rules.reshard(hidden_RxTxD, self._rules, None, None, None)
     return hidden_RxTxD.reshape(-1, hidden_RxTxD.shape[-1]), rules.reshard(kernel_DxV, self._rules, None, None)
 
-  def _sft_gradients(self, params: Params, sums: Gradients, batch: Tokens, weights_RxT):
-    """Adds the gradient of sum(weights * -logp); with an MTP layer also of its loss (bailing_moe_v2.md 3.9)."""
+  def _sft_gradients(self, params: Params, sums: Gradients | None, batch: Tokens, weights_RxT):
+    """Adds the gradient of sum(weights * -logp); with an MTP layer also of its loss (bailing_moe_v2.md 3.9).
+
+    sums: of the microbatches before; None: this is the first, and no memory is spent on zeros.
+    """
 
     def loss_of(params):
       out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT)
@@ -127,8 +124,10 @@ class Programs:
     scored = self._logprob(params, out.hidden_BxTxD, batch.targets_RxT, self._config.rollout.temperature)
     return scored.logp.reshape(batch.tokens_RxT.shape)
 
-  def _rl_gradients(self, params: Params, sums: Gradients, batch: Tokens, fields: RLFields, only_minibatch: bool):
-    """Adds the gradient of the IcePop loss; returns (sums, (logp, entropy) [R, T]).
+  def _rl_gradients(
+    self, params: Params, sums: Gradients | None, batch: Tokens, fields: RLFields, only_minibatch: bool
+  ):
+    """Adds the gradient of the IcePop loss to `sums` as above; returns (sums, (logp, entropy) [R, T]).
 
     `only_minibatch`: the weights are theta_old still, so that log-probs at theta_old are the ones computed here, and
     the PPO ratio is exactly 1.
@@ -148,10 +147,33 @@ class Programs:
 
     return self._accumulate(sums, loss_of, params)
 
+  def _init_optimizer(self, params: Params, phase: str) -> Any:
+    return self._put_away(self._optimizers[phase].init(params), phase)
+
+  def abstract_optimizer(self, params: Params, phase: str) -> Any:
+    """Shapes and shardings of the state for abstract parameters, for a restore."""
+    state = self.init_optimizer.shapes(params, phase)
+    if not self._waits_at_host(phase):
+      return state
+
+    def at_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+      sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      return leaf.update(sharding=sharding.with_memory_kind("pinned_host"))
+
+    return jax.tree.map(at_host, state)
+
+  def _waits_at_host(self, phase: str) -> bool:
+    return getattr(self._config, phase).optimizer.memory is Memory.HOST
+
   def _apply(self, params: Params, opt_state: Any, grads: Params, phase: str):
     """The optimizer's step; returns (params, opt_state, gradient norm before clipping)."""
+    opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
     updates, opt_state = self._optimizers[phase].update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, optax.global_norm(grads)
+    return optax.apply_updates(params, updates), self._put_away(opt_state, phase), optax.global_norm(grads)
+
+  def _put_away(self, opt_state: Any, phase: str) -> Any:
+    """To where the state waits for the next step."""
+    return jax.device_put(opt_state, jax.memory.Space.Host) if self._waits_at_host(phase) else opt_state
 
   def _balance(self, params: Params, counts_LxE) -> Params:
     """Moves the selection biases by the load rule: SFT only, frozen in RL (papers.md 1.2)."""

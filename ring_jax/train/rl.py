@@ -105,7 +105,7 @@ class RLPhase:
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in _TOKEN_FIELDS}
     losses, norms = [], []
     for minibatch, logp_old in zip(minibatches, scored, strict=True):
-      sums = programs.zeros(params)
+      sums = None
       for batch, fields in zip(minibatch.microbatches, rl_fields(minibatch, logp_old, objective), strict=True):
         sums, out = programs.rl_gradients(params, sums, model_tokens(batch), fields, logp_old is None)
         logp_RxT, entropy_RxT = jax.device_get(out)

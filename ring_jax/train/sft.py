@@ -19,7 +19,7 @@ class SFTPhase:
     """Returns (params, opt_state, metrics, positions trained on); donates what it is given."""
     programs = self._programs
     batches = sft_batches(self._stream.examples(self._config.sft.batch_size), self._config.packing)
-    sums = programs.zeros(params)
+    sums = None
     for tokens, weights_RxT in batches:
       sums = programs.sft_gradients(params, sums, tokens, weights_RxT)
     loss, counts_LxE = sums.loss, jax.device_get(sums.counts_LxE)

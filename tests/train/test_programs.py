@@ -86,7 +86,7 @@ def test_sft_gradient_is_that_of_single_sequences_with_the_mtp_loss(params):
   config, programs = make(rows=2)
   batches = sft_batches(examples, config.packing)
   assert len(batches) > 1
-  sums = programs.zeros(params)
+  sums = None
   for tokens, weights in batches:
     sums = programs.sft_gradients(params, sums, tokens, weights)
   expected_loss, expected = jax.value_and_grad(loss)(params)
@@ -140,7 +140,7 @@ def test_rl_gradient_over_packed_microbatches_is_that_of_padded_rows(params, rol
   (minibatch,) = rl_minibatches(made, advantages, config.rl, config.packing, 0)
   assert len(minibatch.microbatches) > 1
   logp_old = [np.asarray(programs.logprobs(params, model_tokens(batch))) for batch in minibatch.microbatches]
-  sums = programs.zeros(theta)
+  sums = None
   for batch, fields in zip(minibatch.microbatches, rl_fields(minibatch, logp_old, objective), strict=True):
     sums, _ = programs.rl_gradients(theta, sums, model_tokens(batch), fields, False)
   assert abs(float(sums.loss) - float(expected_loss)) < 1e-5 * max(1.0, abs(float(expected_loss)))
@@ -155,7 +155,7 @@ def test_the_only_minibatch_needs_no_old_logps(params, rollouts):
   logp_old = [np.asarray(programs.logprobs(params, model_tokens(batch))) for batch in minibatch.microbatches]
   results = []
   for known in (logp_old, None):
-    sums = programs.zeros(params)
+    sums = None
     for batch, fields in zip(minibatch.microbatches, rl_fields(minibatch, known, IcePopConfig()), strict=True):
       sums, (logp, entropy) = programs.rl_gradients(params, sums, model_tokens(batch), fields, known is None)
       assert np.isfinite(logp).all() and (np.asarray(entropy)[fields.mask_RxT > 0] > 0).all()
