@@ -124,7 +124,7 @@ class ModelConfig:
     parallel = self.parallel
     sizes = dict(zip(AXES, parallel.mesh.sizes, strict=True))
     for name, axis in (
-      ("hidden_size", "embed"), ("num_attention_heads", "heads"), ("num_key_value_heads", "kv_heads"),
+      ("hidden_size", "embed"), ("hidden_size", "expert_embed"), ("num_attention_heads", "heads"), ("num_key_value_heads", "kv_heads"),
       ("intermediate_size", "mlp"), ("moe_intermediate_size", "expert_mlp"), ("num_experts", "experts"),
       ("vocab_size", "vocab"),
     ):  # fmt: skip

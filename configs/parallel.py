@@ -2,7 +2,8 @@
 
     data     replicas of the parameters; each sees other tokens
     fsdp     parameters and optimizer state are cut over it and gathered layer by layer; each sees other tokens
-    expert   experts are cut over it, tokens travel to them; each sees other tokens
+    expert   experts are cut over it, and tokens travel to them; all else is cut over it as over fsdp; each sees other
+             tokens
     tensor   heads, feed-forward width and vocabulary are cut over it; all see the same tokens
 
 There is no axis for the sequence: a row of 32k tokens with rematerialisation fits on the chips that the presets name,
@@ -47,7 +48,8 @@ class ShardingRules:
   """The mesh axes of each logical axis of an array, major first; () is: not cut."""
 
   batch: tuple[str, ...] = ("data", "fsdp", "expert")  # rows of tokens, slots: no device repeats another's tokens
-  embed: tuple[str, ...] = ("fsdp",)  # the hidden width of weights; gathered before use
+  embed: tuple[str, ...] = ("fsdp", "expert")  # the hidden width of weights; gathered before use
+  expert_embed: tuple[str, ...] = ("fsdp",)  # the same of the experts' weights, which are not replicated over expert
   heads: tuple[str, ...] = ("tensor",)
   kv_heads: tuple[str, ...] = ("tensor",)  # like heads, or grouped-query attention would need other devices' keys
   mlp: tuple[str, ...] = ("tensor",)  # feed-forward width, dense layers and shared expert
@@ -66,10 +68,13 @@ class ShardingRules:
     require(self.heads == self.kv_heads, "rules.kv_heads: must be cut like rules.heads")
     require(not self.layers, "rules.layers: stacked layers cannot be cut")
     # The programs are written for these; other choices would need other collectives.
-    for name, wanted in (("embed", ("fsdp",)), ("experts", ("expert",))):
-      require(getattr(self, name) in (wanted, ()), f"rules.{name}: {list(wanted)} or []")
-    for name in ("heads", "mlp", "expert_mlp", "vocab"):
-      require(getattr(self, name) in (("tensor",), ()), f"rules.{name}: ['tensor'] or []")
+    for name, choices in (
+      ("embed", (("fsdp", "expert"), ("fsdp",), ())), ("expert_embed", (("fsdp",), ())), ("experts", (("expert",), ())),
+      ("heads", (("tensor",), ())), ("mlp", (("tensor",), ())), ("expert_mlp", (("tensor",), ())),
+      ("vocab", (("tensor",), ())),
+    ):  # fmt: skip
+      allowed = " or ".join(str(list(choice)) for choice in choices)
+      require(getattr(self, name) in choices, f"rules.{name}: {allowed}")
     require("tensor" not in self.batch, "rules.batch: devices along tensor share their tokens")
 
 

@@ -65,6 +65,17 @@ class Decoded(NamedTuple):
   valid_NxB: jax.Array  # bool
 
 
+class Programs(NamedTuple):
+  """What the engine runs on its devices; each compiles on first use."""
+
+  pack: rules.Program  # the trainer's parameters -> as stored
+  empty: rules.Program  # -> state
+  prefill: rules.Program  # stored, tokens, lengths -> prefix
+  insert: rules.Program  # prefix, state, columns -> state
+  decode: rules.Program  # stored, state, steps -> state, drawn
+  release: rules.Program  # state, running -> state
+
+
 class Sampling(NamedTuple):
   """How one slot draws."""
 
@@ -125,17 +136,17 @@ class RingEngine(engine_api.Engine):
     self._tokenizer_path = tokenizer_path
     # Rounded up, so that caches of nearby settings share a compiled program and a bucket never exceeds the cache.
     self._length = _bucket(config.max_len)
-    on_mesh = functools.partial(rules.Program, mesh)
-    self._prefill = on_mesh(self._prefill_fn)
-    self._insert = on_mesh(self._insert_fn, donate_argnums=1)
-    self._decode = on_mesh(self._decode_fn, donate_argnums=1, static_argnums=2)
-    self._pack = on_mesh(functools.partial(weights.pack, dtype=config.dtype))
-    self._empty = on_mesh(self._empty_fn)
-    self._release = on_mesh(
-      lambda state, running_B: state._replace(
-        remaining_B=jnp.where(rules.reshard(running_B, self._rules, "batch"), state.remaining_B, 0)
-      ),
-      donate_argnums=0,
+    self.programs = self._programs()
+
+  def _programs(self) -> "Programs":
+    on_mesh = functools.partial(rules.Program, self._mesh)
+    return Programs(
+      pack=on_mesh(functools.partial(weights.pack, dtype=self.config.dtype)),
+      empty=on_mesh(self._empty_fn),
+      prefill=on_mesh(self._prefill_fn),
+      insert=on_mesh(self._insert_fn, donate_argnums=1),
+      decode=on_mesh(self._decode_fn, donate_argnums=1, static_argnums=2),
+      release=on_mesh(self._release_fn, donate_argnums=0),
     )
 
   # ---- weights and state
@@ -144,14 +155,14 @@ class RingEngine(engine_api.Engine):
     """The trainer's parameters as this engine stores and lays them out."""
     if self._mesh is not None:
       params = jax.device_put(params, ring_model.param_shardings(self.model, self._mesh))
-    return self._pack(params)
+    return self.programs.pack(params)
 
   def init_decode_state(self) -> DecodeState:
-    return self._empty()
+    return self.programs.empty()
 
   def abstract_decode_state(self) -> DecodeState:
     """Its shapes and shardings."""
-    return self._empty.shapes()
+    return self.programs.empty.shapes()
 
   def _empty_fn(self) -> DecodeState:
     B = self.config.slots
@@ -174,7 +185,7 @@ class RingEngine(engine_api.Engine):
     """Every slot that is not among `running` falls idle; what its cache holds will be overwritten."""
     running_B = np.zeros((self.config.slots,), bool)
     running_B[list(running)] = True
-    return self._release(state, running_B)
+    return self.programs.release(state, running_B)
 
   # ---- many at once: what the rollout driver calls
 
@@ -191,7 +202,7 @@ class RingEngine(engine_api.Engine):
     for row, prompt in enumerate(prompts):
       tokens_PxT[row, : len(prompt)] = prompt
       lengths_P[row] = len(prompt)
-    return self._prefill(params, tokens_PxT, lengths_P)
+    return self.programs.prefill(params, tokens_PxT, lengths_P)
 
   def insert_batch(self, prefix: Prefix, state: DecodeState, insertions: Sequence[Insertion]) -> DecodeState:
     """Fills slots from a prefix; a row may go to several slots."""
@@ -200,7 +211,7 @@ class RingEngine(engine_api.Engine):
     padding = Insertion(row=0, slot=self.config.slots, uid=0, max_tokens=0)
     columns = [*insertions, *[padding] * (size - len(insertions))]
     draws = zip(*(column.sampling or self._sampling for column in columns), strict=True)
-    return self._insert(
+    return self.programs.insert(
       prefix,
       state,
       np.asarray([column.row for column in columns], np.int32),
@@ -212,7 +223,7 @@ class RingEngine(engine_api.Engine):
 
   def decode(self, params: dict[str, Any], state: DecodeState, steps: int) -> tuple[DecodeState, Decoded]:
     """`steps` decode steps of all slots."""
-    return self._decode(params, state, steps)
+    return self.programs.decode(params, state, steps)
 
   # ---- JetStream's Engine API
 
@@ -265,7 +276,7 @@ class RingEngine(engine_api.Engine):
   def colocated_cpus(self) -> None:
     return None
 
-  # ---- the three programs
+  # ---- the programs
 
   def _prefill_fn(self, params, tokens_PxT, lengths_P) -> Prefix:
     segments_PxT = (jnp.arange(tokens_PxT.shape[1]) < lengths_P[:, None]).astype(jnp.int32)
@@ -309,6 +320,10 @@ class RingEngine(engine_api.Engine):
       uid_B=put(state.uid_B, uid_I),
       sampling=jax.tree.map(put, state.sampling, sampling_I),
     )
+
+  def _release_fn(self, state: DecodeState, running_B) -> DecodeState:
+    running_B = rules.reshard(running_B, self._rules, "batch")
+    return state._replace(remaining_B=jnp.where(running_B, state.remaining_B, 0))
 
   def _decode_fn(self, stored, state: DecodeState, steps: int) -> tuple[DecodeState, Decoded]:
     params = weights.unpack(stored, self.model.dtype)

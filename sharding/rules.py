@@ -123,3 +123,8 @@ def pmax(x: jax.Array, axes: str | Sequence[str]) -> jax.Array:
 def all_gather(x: jax.Array, axes: str | Sequence[str], dimension: int) -> jax.Array:
   """The parts along mesh axes joined along a dimension; its gradient is a reduce-scatter."""
   return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axis_size(axes) > 1 else x
+
+
+def all_to_all(x: jax.Array, axes: str | Sequence[str], split: int, join: int) -> jax.Array:
+  """Part i of dimension `split` goes to the i-th device along mesh axes, where parts are joined along `join`."""
+  return jax.lax.all_to_all(x, axes, split, join, tiled=True) if axis_size(axes) > 1 else x

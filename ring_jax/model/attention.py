@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs.schema import ModelConfig
+from kernels.attention import packed_attention
 from ring_jax.model.layers import RMSNorm, normal, rotate, weight
 from sharding import rules
 
@@ -67,17 +68,17 @@ class Attention(nnx.Module):
     return jnp.einsum("bthd,hdD->btD", out_BxTxHxd, wo_HxdxD, out_sharding=whole)
 
   def __call__(
-    self, x_BxTxD: jax.Array, rotary, mask_BxTxT: jax.Array
+    self, x_BxTxD: jax.Array, rotary, segment_ids_BxT: jax.Array
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns (output [B, T, D], (k [B, K, d, T], v [B, K, T, d])); mask: row t may attend to column s."""
+    """Returns (output [B, T, D], (k [B, K, d, T], v [B, K, T, d]))."""
     q_BxTxHxd, k_BxTxKxd, v_BxTxKxd = self._project(x_BxTxD, rotary)
     attend = rules.manual(
-      _attend_rows,
+      packed_attention,
       self.config.parallel.rules,
-      (("batch", None, "heads", None), *[("batch", None, "kv_heads", None)] * 2, ("batch", None, None)),
+      (("batch", None, "heads", None), *[("batch", None, "kv_heads", None)] * 2, ("batch", None)),
       ("batch", None, "heads", None),
     )
-    out_BxTxHxd = attend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxT)
+    out_BxTxHxd = attend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT)
     return self._out(out_BxTxHxd), (k_BxTxKxd.transpose(0, 2, 3, 1), v_BxTxKxd.transpose(0, 2, 1, 3))
 
   def decode(self, x_Bx1xD: jax.Array, rotary, positions_B: jax.Array, active_B: jax.Array, cache: KVCache, layer):
@@ -91,15 +92,6 @@ class Attention(nnx.Module):
     )
     out_Bx1xHxd, cache = step(*self._project(x_Bx1xD, rotary), positions_B, active_B, cache, layer)
     return self._out(out_Bx1xHxd), cache
-
-
-def _attend_rows(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, mask_BxTxT) -> jax.Array:
-  B, T, _, d = q_BxTxHxd.shape
-  K = k_BxTxKxd.shape[2]
-  # The kv head leads and its G query heads share one matrix product of G*T rows.
-  q_BxKxGTxd = q_BxTxHxd.reshape(B, T, K, -1, d).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, d)
-  out_BxKxGTxd = _attend(q_BxKxGTxd, k_BxTxKxd.transpose(0, 2, 3, 1), v_BxTxKxd.transpose(0, 2, 1, 3), mask_BxTxT)
-  return out_BxKxGTxd.reshape(B, K, -1, T, d).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, d)
 
 
 def _attend_slots(q_Bx1xHxd, k_Bx1xKxd, v_Bx1xKxd, positions_B, active_B, cache: KVCache, layer):

@@ -121,7 +121,9 @@ def combine_rows(rows_SxD: jax.Array, weights_NxK: jax.Array, pair_S: jax.Array,
 def _combine_rows_backward(residuals, grad_NxD):
   rows_SxD, weights_NxK, pair_S, slot_NxK = residuals
   weight_S = _fill(weights_NxK.reshape(-1), pair_S)
-  drows_SxD = _fill(grad_NxD, pair_S // slot_NxK.shape[1]) * weight_S[:, None]
+  # The result was rounded to the rows' dtype, so its gradient is of that dtype too, and is fetched in it.
+  token_SxD = _fill(grad_NxD.astype(rows_SxD.dtype), pair_S // slot_NxK.shape[1])
+  drows_SxD = token_SxD * weight_S[:, None]
   dweights = [jnp.sum(_fill(rows_SxD, slot_N).astype(grad_NxD.dtype) * grad_NxD, axis=-1) for slot_N in slot_NxK.T]
   return drows_SxD.astype(rows_SxD.dtype), jnp.stack(dweights, axis=-1), None, None
 

@@ -37,8 +37,8 @@ class Experts(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
     # Index 0: gate, 1: up; one matmul for both.
-    self.gate_up = normal(config, rngs, (E, D, 2, F), ("experts", "embed", None, "expert_mlp"))
-    self.down = normal(config, rngs, (E, F, D), ("experts", "expert_mlp", "embed"))
+    self.gate_up = normal(config, rngs, (E, D, 2, F), ("experts", "expert_embed", None, "expert_mlp"))
+    self.down = normal(config, rngs, (E, F, D), ("experts", "expert_mlp", "expert_embed"))
 
 
 class MoE(nnx.Module):
@@ -86,10 +86,11 @@ def _layer(config: ModelConfig, weights, axes, x_BxTxD: jax.Array, valid_BxT: ja
 
 
 def _whole(config: ModelConfig, weight: jax.Array, axes: rules.LogicalAxes) -> jax.Array:
-  """A weight joined along `embed`; its gradient is summed and cut again in one reduce-scatter."""
-  if "embed" not in axes or not config.parallel.rules.embed:
-    return weight
-  return rules.all_gather(weight, config.parallel.rules.embed, axes.index("embed"))
+  """A weight joined along its hidden width; its gradient is summed and cut again in one reduce-scatter."""
+  for name in ("embed", "expert_embed"):
+    if name in axes:
+      weight = rules.all_gather(weight, getattr(config.parallel.rules, name), axes.index(name))
+  return weight
 
 
 def _experts(weights, rows_MxD: jax.Array, sizes_e: jax.Array) -> jax.Array:

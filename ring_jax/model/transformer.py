@@ -54,10 +54,10 @@ class Block(nnx.Module):
         out_BxTxD, counts_E = self.mlp(self.post_norm(x_BxTxD)), None
       return x_BxTxD + out_BxTxD, counts_E
 
-  def __call__(self, x_BxTxD, rotary, mask_BxTxT, valid_BxT):
+  def __call__(self, x_BxTxD, rotary, segment_ids_BxT):
     with jax.named_scope("attention"):
-      out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, mask_BxTxT)
-    x_BxTxD, counts_E = self._feed_forward(x_BxTxD + out_BxTxD, valid_BxT)
+      out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, segment_ids_BxT)
+    x_BxTxD, counts_E = self._feed_forward(x_BxTxD + out_BxTxD, segment_ids_BxT > 0)
     return x_BxTxD, counts_E, kv
 
   def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer):
@@ -78,15 +78,19 @@ class Embedding(nnx.Module):
     return look_up(self.embedding[...], tokens_BxT)
 
   def _look_up(self, embedding_VxD: jax.Array, tokens_BxT: jax.Array) -> jax.Array:
-    """Each device finds the ids of its part of the vocabulary; the sum over parts is the row."""
+    """The table stays where it is: each device finds its columns and ids for its neighbours' tokens too, and what is
+    found travels.  Its gradient is summed where it lies, in the table's dtype.
+    """
     axes = self.config.parallel.rules
-    embedding_VxD = rules.all_gather(embedding_VxD.astype(self.config.dtype), axes.embed, 1)
+    tokens_BxT = rules.all_gather(tokens_BxT, axes.embed, 0)
     if rules.axis_size(axes.vocab) == 1:
-      return embedding_VxD[tokens_BxT]
-    row_BxT = tokens_BxT - rules.axis_index(axes.vocab) * embedding_VxD.shape[0]
-    mine_BxT = (row_BxT >= 0) & (row_BxT < embedding_VxD.shape[0])
-    found_BxTxD = embedding_VxD[jnp.where(mine_BxT, row_BxT, 0)]
-    return rules.psum(jnp.where(mine_BxT[..., None], found_BxTxD, 0), axes.vocab)
+      found_BxTxD = embedding_VxD[tokens_BxT]
+    else:
+      row_BxT = tokens_BxT - rules.axis_index(axes.vocab) * embedding_VxD.shape[0]
+      mine_BxT = (row_BxT >= 0) & (row_BxT < embedding_VxD.shape[0])
+      found_BxTxD = jnp.where(mine_BxT[..., None], embedding_VxD[jnp.where(mine_BxT, row_BxT, 0)], 0)
+    found_BxTxD = rules.all_to_all(found_BxTxD.astype(self.config.dtype), axes.embed, 0, 2)
+    return rules.psum(found_BxTxD, axes.vocab)
 
 
 class Projection(nnx.Module):
@@ -107,10 +111,10 @@ class MTPLayer(nnx.Module):
     self.block = Block(config, moe=True, rngs=rngs)
     self.final_norm = RMSNorm(config, D)
 
-  def __call__(self, embedded_BxTxD, hidden_BxTxD, rotary, mask_BxTxT, valid_BxT):
+  def __call__(self, embedded_BxTxD, hidden_BxTxD, rotary, segment_ids_BxT):
     both_BxTx2D = jnp.concatenate([self.enorm(embedded_BxTxD), self.hnorm(hidden_BxTxD)], axis=-1)
     x_BxTxD = both_BxTx2D @ weight(self.config, self.eh_proj.kernel, both_BxTx2D.dtype)
-    x_BxTxD, _, _ = self.block(x_BxTxD, rotary, mask_BxTxT, valid_BxT)
+    x_BxTxD, _, _ = self.block(x_BxTxD, rotary, segment_ids_BxT)
     return self.final_norm(x_BxTxD)
 
 
@@ -135,10 +139,6 @@ class RingModel(nnx.Module):
       rules.reshard(x_BxT, self.config.parallel.rules, "batch", None)
       for x_BxT in (tokens_BxT, positions_BxT, segment_ids_BxT)
     )
-    valid_BxT = segment_ids_BxT > 0
-    mask_BxTxT = (segment_ids_BxT[:, :, None] == segment_ids_BxT[:, None, :]) & (
-      positions_BxT[:, :, None] >= positions_BxT[:, None, :]
-    )
     rotary = rotary_tables(self.config, positions_BxT)
     x_BxTxD = self.embed(tokens_BxT)
     counts, caches = [jnp.zeros((0, self.config.num_experts), jnp.int32)], []
@@ -146,7 +146,7 @@ class RingModel(nnx.Module):
       graph, stacked = nnx.split(stack)
 
       def layer(x, params, graph=graph):
-        x, counts_E, kv = nnx.merge(graph, params)(x, rotary, mask_BxTxT, valid_BxT)
+        x, counts_E, kv = nnx.merge(graph, params)(x, rotary, segment_ids_BxT)
         return x, (counts_E, kv if return_kv else None)
 
       if self.config.remat is not Remat.NONE:
@@ -160,7 +160,7 @@ class RingModel(nnx.Module):
     mtp_hidden = None
     if mtp and self.config.num_nextn_predict_layers:
       following_BxT = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))  # the last position is filled with id 0
-      mtp_hidden = self.mtp(self.embed(following_BxT), hidden_BxTxD, rotary, mask_BxTxT, valid_BxT)
+      mtp_hidden = self.mtp(self.embed(following_BxT), hidden_BxTxD, rotary, segment_ids_BxT)
     kv = KVCache(*(jnp.concatenate(part) for part in zip(*caches, strict=True))) if return_kv else None
     return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv)
 

@@ -89,14 +89,13 @@ class Programs:
     )
 
   def _rows(self, field_RxT: jax.Array) -> jax.Array:
-    """A field of the microbatch as the loss takes it, [N]."""
-    return rules.reshard(jnp.asarray(field_RxT), self._rules, None, None).reshape(-1)
+    """A field of the microbatch as the loss takes it, [N], cut like the rows."""
+    return rules.reshard(jnp.asarray(field_RxT), self._rules, "batch", None).reshape(-1)
 
   def _head(self, params: Params, hidden_RxTxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [N, D] and the output matrix [D, V]."""
+    """Hidden states [N, D] and the output matrix [D, V], cut as they are multiplied: by rows, by vocabulary."""
     kernel_DxV = params["lm_head"]["kernel"].astype(hidden_RxTxD.dtype)
-    hidden_RxTxD = rules.reshard(hidden_RxTxD, self._rules, None, None, None)
-    return hidden_RxTxD.reshape(-1, hidden_RxTxD.shape[-1]), rules.reshard(kernel_DxV, self._rules, None, None)
+    return hidden_RxTxD.reshape(-1, hidden_RxTxD.shape[-1]), rules.reshard(kernel_DxV, self._rules, None, "vocab")
 
   def _sft_gradients(self, params: Params, sums: Gradients | None, batch: Tokens, weights_RxT):
     """Adds the gradient of sum(weights * -logp); with an MTP layer also of its loss (bailing_moe_v2.md 3.9).

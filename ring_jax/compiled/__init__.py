@@ -1,0 +1,1 @@
+"""A run's programs compiled for devices that are not here, and what they would need."""
