@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from configs.schema import Calibration, ConfigError, Denominator, IcePopConfig, TokenWeight
 from kernels.icepop.weights import token_weights
-from kernels.linear_logprob import Implementation, linear_logprob
+from kernels.linear_logprob import Implementation, Partition, linear_logprob
 
 Metrics = dict[str, jax.Array]
 
@@ -130,15 +130,19 @@ def policy_loss(
   segment_ids: jax.Array | None = None,
   logp_ref_N: jax.Array | None = None,
   implementation: Implementation | str | None = None,
+  partition: Partition | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """The IcePop loss from hidden states, without logits of tokens times vocabulary: arguments as of `linear_logprob`
   and `icepop_loss`, differentiable in hidden and lm_head.
+
+  Only the log-probability gets a cotangent, and a token that M or the clip rules out gets exactly 0: its row costs
+  nothing in the backward pass.
 
   The metrics are those of `icepop_loss` and `entropy`, float32 [N], 0 outside mask.
   """
   scored = linear_logprob(
     hidden_NxH, lm_head_HxV, targets_N,
-    temperature=temperature, vocab_mask=vocab_mask, implementation=implementation,
+    temperature=temperature, vocab_mask=vocab_mask, implementation=implementation, partition=partition,
   )  # fmt: skip
   loss, metrics = icepop_loss(
     scored.logp, logp_old_N, logp_infer_N, advantages_N, mask_N, config,

@@ -11,21 +11,13 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from configs.schema import Enum
 from kernels.choice import choose
+from kernels.linear_logprob import dispatch, partitioned
+from kernels.linear_logprob.backend import Inputs, vary_together
+from kernels.linear_logprob.dispatch import Implementation
+from kernels.linear_logprob.op import Plan, linear_logprob_op
+from kernels.linear_logprob.partitioned import Partition
 from kernels.linear_logprob.reference import LinearLogprob, linear_logprob_reference
-from kernels.linear_logprob.xla_chunked import linear_logprob_chunked
-
-
-class Implementation(Enum):
-  REFERENCE = "reference"  # all logits in memory
-  XLA_CHUNKED = "xla_chunked"  # tiles of tokens times vocabulary, hand-written VJP
-
-
-_FUNCTIONS = {
-  Implementation.REFERENCE: linear_logprob_reference,
-  Implementation.XLA_CHUNKED: linear_logprob_chunked,
-}
 
 
 def linear_logprob(
@@ -36,6 +28,7 @@ def linear_logprob(
   temperature: float | jax.Array = 1.0,
   vocab_mask: jax.Array | None = None,
   implementation: Implementation | str | None = None,
+  partition: Partition | None = None,
 ) -> LinearLogprob:
   """Scores target tokens; differentiable in hidden and weight through all three results.
 
@@ -46,17 +39,35 @@ def linear_logprob(
     temperature: > 0, a number or one a token [N]; the logits are divided by it.  Not differentiated.
     vocab_mask: bool [V]; False: an id that can never be drawn.  It has no part in lse and entropy, and its column of
       weight gets zero gradient.  At least one id must be True.
-    implementation: None means `xla_chunked`.
+    implementation: None: the TPU kernels in programs compiled for a TPU, `xla_chunked` elsewhere.
+    partition: the axes of a mesh that tokens and vocabulary are spread over.  None: on a mesh with explicit axes, as the
+      arguments are; else one device, or the caller's shard inside of `shard_map`.  A vocabulary that does not divide
+      by the number of its shards is padded here, which copies the weight: pad it beforehand, with `padded_vocab`.
 
   Returns:
     LinearLogprob(logp, lse, entropy), float32 [N] each (float64 if hidden or weight is), of the distribution after
     temperature and mask.  Logits are float32 whatever the dtype of the arguments.
 
   Raises:
-    ConfigError: unknown implementation.
+    ConfigError: unknown implementation, or one that does not take these arguments.
     ValueError: shapes or dtypes that do not fit together, a temperature that is not positive.
   """
-  chosen = choose(implementation, Implementation.XLA_CHUNKED, "linear_logprob")
+  chosen = None if implementation is None else choose(implementation, Implementation.XLA_CHUNKED, "linear_logprob")
+  _check(hidden_NxH, weight_HxV, targets_N, vocab_mask)
+  temperature_N = _temperature(temperature, hidden_NxH.shape[0])
+  if chosen is Implementation.REFERENCE:
+    return linear_logprob_reference(hidden_NxH, weight_HxV, targets_N, temperature_N, vocab_mask)
+  known_N = (targets_N >= 0) & (targets_N < weight_HxV.shape[1])
+  ids_N = jnp.where(known_N, targets_N, -1).astype(jnp.int32)
+  inputs = vary_together(Inputs(hidden_NxH, weight_HxV, ids_N, temperature_N, vocab_mask))
+  dispatch.check(chosen, inputs)
+  partition = partition or partitioned.of_arguments(inputs)
+  if partition is not None:
+    inputs = partitioned.place(partition, inputs)
+  return linear_logprob_op(Plan(chosen, partition), inputs)
+
+
+def _check(hidden_NxH, weight_HxV, targets_N, vocab_mask) -> None:
   if hidden_NxH.ndim != 2 or weight_HxV.ndim != 2 or hidden_NxH.shape[1] != weight_HxV.shape[0]:
     raise ValueError(
       f"linear_logprob: hidden {hidden_NxH.shape} and weight {weight_HxV.shape}: expected [N, H] and [H, V]"
@@ -70,8 +81,6 @@ def linear_logprob(
     raise ValueError(
       f"linear_logprob: vocab_mask {vocab_mask.dtype}{list(vocab_mask.shape)}: expected bool [{vocab_size}]"
     )
-  temperature_N = _temperature(temperature, num_tokens)
-  return _FUNCTIONS[chosen](hidden_NxH, weight_HxV, targets_N, temperature_N, vocab_mask)
 
 
 def _temperature(temperature: float | jax.Array, num_tokens: int) -> jax.Array | None:

@@ -1,30 +1,35 @@
-"""Linear log-probabilities tile by tile, with a hand-written VJP (pallas.md section 5, in plain XLA).
+"""Linear log-probabilities tile by tile, in plain XLA (pallas.md section 5).
 
 Forward: for each chunk of tokens, one sweep over chunks of the vocabulary keeps a running maximum m and, relative to
-it, the sums s = sum exp(x - m) and u = sum x exp(x - m); then lse = m + log s and entropy = lse - u / s.  Only
-[N]-sized results are kept for the backward pass.  Where everything is one tile (a toy model), that tile is kept too.
+it, the sums s = sum exp(x - m) and u = sum x exp(x - m); then lse = m + log s and mean = u / s.  Only [N]-sized results
+are kept for the backward pass.  Where everything is one tile (a toy model), that tile is kept too.
 
-Backward: with cotangents (a, b, c) of (logp, lse, entropy) the gradient of a token's logits is
+Backward: for each chunk of the vocabulary the tiles of x are computed again, turned into the logits' gradient dx
+(backend.py) and multiplied out: dhidden += dx @ weight^T, dweight = hidden^T @ dx, both summed in float32.  A chunk of
+dweight is complete when its sweep over tokens ends, so it is written once and no second [H, V] array exists.
 
-    dx[j] = a 1[j = target] + p[j] ((b - a) - c (x[j] - lse + entropy)),     p[j] = exp(x[j] - lse)
+Tokens without gradient are sorted to the end, and chunks that hold nothing else are not computed.
 
-For each chunk of the vocabulary the tiles of x are computed again, turned into dx and multiplied out:
-dhidden += dx @ weight^T, dweight = hidden^T @ dx, both summed in float32.  A chunk of dweight is complete when its
-sweep over tokens ends, so it is written once and no second [H, V] array exists.
-
-A token whose three cotangents are all zero (prompt, padding, masked by IcePop) contributes exactly nothing, even if its
-hidden state is not finite.  Such tokens are sorted to the end, and chunks that hold nothing else are not computed.
+Dimension key: N tokens, P tokens padded to whole chunks, H hidden width, V vocabulary, T tokens of a chunk, C ids of a
+chunk.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
-from kernels.linear_logprob.reference import LinearLogprob
+from kernels.linear_logprob.backend import (
+  NEVER,
+  Combine,
+  Cotangents,
+  Inputs,
+  Scores,
+  active_first,
+  take_rows,
+  zeros,
+)
 
 # A tile of float32 logits is 4 MiB: large enough for matmuls at full speed, small enough for a core's share of cache.
 _TILE_ELEMENTS = 1 << 20
@@ -32,9 +37,6 @@ _VOCAB_CHUNK = 1024
 _TOKEN_MULTIPLE = 8
 # The toy model's vocabulary fits in one tile; up to this size one tile is quicker than several.
 _SINGLE_TILE_ELEMENTS = 1 << 21
-
-# Stands for -inf in sums of logits: its exp is exactly 0, and 0 times it is 0 and not NaN.
-_NEVER = -1e30
 
 
 def tile_shape(num_tokens: int, vocab_size: int) -> tuple[int, int]:
@@ -59,7 +61,7 @@ def _logits(hidden_TxH, weight_HxC, temperature_T, mask_C):
   x_TxC = _matmul(hidden_TxH, weight_HxC, (1, 0))
   if temperature_T is not None:
     x_TxC = x_TxC / temperature_T[:, None]
-  return x_TxC if mask_C is None else jnp.where(mask_C, x_TxC, _NEVER)
+  return x_TxC if mask_C is None else jnp.where(mask_C, x_TxC, NEVER)
 
 
 def _sweep(vocab_size, chunk, weight_HxV, mask_V, carry, body):
@@ -85,9 +87,9 @@ class _Sums(NamedTuple):
   target: jax.Array  # the target's logit, once its id was met
 
 
-def _start(num_tokens, dtype) -> _Sums:
-  zero_T = jnp.zeros(num_tokens, dtype)
-  return _Sums(zero_T + _NEVER, zero_T, zero_T, zero_T + _NEVER)
+def _start(num_tokens, dtype, like) -> _Sums:
+  zero_T = zeros((num_tokens,), dtype, like)
+  return _Sums(zero_T + NEVER, zero_T, zero_T, zero_T + NEVER)
 
 
 def _absorb(sums: _Sums, x_TxC, first, targets_T) -> tuple[_Sums, jax.Array]:
@@ -107,52 +109,62 @@ def _absorb(sums: _Sums, x_TxC, first, targets_T) -> tuple[_Sums, jax.Array]:
   return grown, exp_TxC
 
 
-def _finish(sums: _Sums) -> LinearLogprob:
-  lse_T = sums.max + jnp.log(sums.exp)
-  logp_T = jnp.where(sums.target == _NEVER, -jnp.inf, sums.target - lse_T)
-  return LinearLogprob(logp_T, lse_T, lse_T - sums.weighted / sums.exp)
+def _finish(sums: _Sums) -> Scores:
+  return Scores(sums.target, sums.max + jnp.log(sums.exp), sums.weighted / sums.exp)
 
 
-def _forward(hidden_NxH, weight_HxV, targets_N, temperature_N, mask_V):
-  """The result, and the only tile as (logits, exp, sum of exp) where there is only one, else None."""
-  num_tokens, vocab_size = hidden_NxH.shape[0], weight_HxV.shape[1]
-  dtype = jnp.promote_types(jnp.result_type(hidden_NxH, weight_HxV), jnp.float32)
-  if num_tokens == 0:
-    return LinearLogprob(*(jnp.zeros(0, dtype) for _ in range(3))), None
+class Tile(NamedTuple):
+  """The only tile, where there is only one."""
+
+  logits: jax.Array  # [N, V]
+  exp: jax.Array  # [N, V]: exp(logits - max)
+  scale: jax.Array  # [N]: the probability is exp * scale
+
+
+def score(inputs: Inputs) -> Scores:
+  return score_to_train(inputs, None)[0]
+
+
+def score_to_train(inputs: Inputs, combine: Combine | None) -> tuple[Scores, Tile | None]:
+  num_tokens, vocab_size = inputs.hidden.shape[0], inputs.weight.shape[1]
+  dtype = jnp.promote_types(jnp.result_type(inputs.hidden, inputs.weight), jnp.float32)
+  combine = combine or (lambda scores: scores)
   tokens, ids = tile_shape(num_tokens, vocab_size)
   if (tokens, ids) == (num_tokens, vocab_size):
-    x_NxV = _logits(hidden_NxH, weight_HxV, temperature_N, mask_V)
-    sums, exp_NxV = _absorb(_start(num_tokens, dtype), x_NxV, 0, targets_N)
-    return _finish(sums), (x_NxV, exp_NxV, sums.exp)
+    x_NxV = _logits(inputs.hidden, inputs.weight, inputs.temperature, inputs.mask)
+    sums, exp_NxV = _absorb(_start(num_tokens, dtype, inputs.hidden), x_NxV, 0, inputs.ids)
+    local = _finish(sums)
+    scores = combine(local)
+    return scores, Tile(x_NxV, exp_NxV, jnp.exp(local.lse - scores.lse) / sums.exp)
 
-  def score(rows):
-    hidden_TxH, targets_T, temperature_T = rows
+  def score_chunk(rows):
+    hidden_TxH, ids_T, temperature_T = rows
 
     def tile(first, weight_HxC, mask_C, sums):
       x_TxC = _logits(hidden_TxH, weight_HxC, temperature_T, mask_C)
-      return _absorb(sums, x_TxC, first, targets_T)[0]
+      return _absorb(sums, x_TxC, first, ids_T)[0]
 
-    return _finish(_sweep(vocab_size, ids, weight_HxV, mask_V, _start(tokens, dtype), tile))
+    return _finish(_sweep(vocab_size, ids, inputs.weight, inputs.mask, _start(tokens, dtype, inputs.hidden), tile))
 
   def chunked(x_N):
     padded = jnp.pad(x_N, [(0, -num_tokens % tokens)] + [(0, 0)] * (x_N.ndim - 1), constant_values=1)
     return padded.reshape(-1, tokens, *x_N.shape[1:])
 
-  scored = lax.map(score, jax.tree.map(chunked, (hidden_NxH, targets_N, temperature_N)))
-  return jax.tree.map(lambda x: x.reshape(-1)[:num_tokens], scored), None
+  scores = lax.map(score_chunk, jax.tree.map(chunked, (inputs.hidden, inputs.ids, inputs.temperature)))
+  return combine(jax.tree.map(lambda x: x.reshape(-1)[:num_tokens], scores)), None
 
 
-def _logits_gradient(x_TxC, probs_TxC, first, mask_C, rows):
-  """dx of the module's docstring for one tile, divided by the temperature."""
-  dlogp_T, dlse_T, dentropy_T = rows["dlogp"], rows["dlse"], rows["dentropy"]
+def _logits_gradient(x_TxC, probs_TxC, first, rows):
+  """dx of backend.py for one tile, divided by the temperature."""
+  dlogp_T, dlse_T, dentropy_T = rows["cotangents"]
   spread_T = _minus(dlse_T, dlogp_T)
   dx_TxC = jnp.zeros_like(x_TxC) if spread_T is None else spread_T[:, None]
   if dentropy_T is not None:
-    dx_TxC = dx_TxC - dentropy_T[:, None] * (x_TxC - (rows["lse"] - rows["entropy"])[:, None])
+    dx_TxC = dx_TxC - dentropy_T[:, None] * (x_TxC - rows["mean"][:, None])
   dx_TxC = probs_TxC * dx_TxC
   if dlogp_T is not None:
-    hit_TxC = jnp.arange(x_TxC.shape[1]) == (rows["targets"] - first)[:, None]
-    dx_TxC = dx_TxC + jnp.where(hit_TxC if mask_C is None else hit_TxC & mask_C, dlogp_T[:, None], 0)
+    hit_TxC = jnp.arange(x_TxC.shape[1]) == (rows["ids"] - first)[:, None]
+    dx_TxC = dx_TxC + jnp.where(hit_TxC, dlogp_T[:, None], 0)
   if rows["temperature"] is not None:
     dx_TxC = dx_TxC / rows["temperature"][:, None]
   return jnp.where(rows["active"][:, None], dx_TxC, 0)
@@ -164,30 +176,37 @@ def _minus(a, b):
   return -b if a is None else a - b
 
 
-def _active_first(rows, tokens):
-  """Sorts rows with a gradient to the front and pads to whole chunks of tokens with rows that have none.
-
-  Returns the rows, the number of chunks that hold any gradient, and where each original row went.
-  """
-  active_N = rows["active"]
-  num_tokens = active_N.shape[0]
-  order_N = jnp.argsort(~active_N, stable=True)
-  source_P = jnp.pad(order_N, (0, -num_tokens % tokens), constant_values=num_tokens)
-  sorted_rows = jax.tree.map(lambda x: jnp.take(x, source_P, axis=0, mode="fill", fill_value=0), rows)
-  return sorted_rows, (jnp.count_nonzero(active_N) + tokens - 1) // tokens, jnp.argsort(order_N)
+def gradient(
+  inputs: Inputs, tile: Tile | None, scores: Scores, cotangents: Cotangents, sum_dtype
+) -> tuple[jax.Array, jax.Array]:
+  active_N = cotangents.active()
+  rows = {
+    "active": active_N,
+    "hidden": jnp.where(active_N[:, None], inputs.hidden, 0),  # 0 * inf in the product with dx would not be 0
+    "ids": inputs.ids,
+    "temperature": inputs.temperature,
+    "lse": scores.lse,
+    "mean": None if cotangents.entropy is None else scores.mean,
+    "cotangents": cotangents,
+  }
+  backward = _backward_tiles if tile is None else _backward_one_tile
+  dhidden_NxH, dweight_HxV = backward(inputs.weight, inputs.mask, rows, tile)
+  return dhidden_NxH.astype(sum_dtype), dweight_HxV.astype(inputs.weight.dtype)
 
 
 def _backward_one_tile(weight_HxV, mask_V, rows, tile):
-  x_NxV, exp_NxV, sum_N = tile
-  dx_NxV = _logits_gradient(x_NxV, exp_NxV * (1 / sum_N)[:, None], 0, mask_V, rows)
+  del mask_V  # is in the tile
+  dx_NxV = _logits_gradient(tile.logits, tile.exp * tile.scale[:, None], 0, rows)
   dx_NxV = dx_NxV.astype(jnp.result_type(rows["hidden"], weight_HxV))
   return _matmul(dx_NxV, weight_HxV, (1, 1)), _matmul(rows["hidden"], dx_NxV, (0, 0))
 
 
-def _backward_tiles(weight_HxV, mask_V, rows):
+def _backward_tiles(weight_HxV, mask_V, rows, tile):
+  del tile  # there are several
   num_tokens, vocab_size = rows["hidden"].shape[0], weight_HxV.shape[1]
   tokens, ids = tile_shape(num_tokens, vocab_size)
-  rows, chunks, place_N = _active_first(rows, tokens)
+  source_P, chunks, place_N = active_first(rows["active"], tokens)
+  rows = jax.tree.map(lambda x: take_rows(x, source_P), rows)
   sum_dtype = rows["lse"].dtype
   # bfloat16 arguments: products of bfloat16 numbers, summed in float32, as in any other layer's backward pass.
   dx_dtype = jnp.result_type(rows["hidden"], weight_HxV)
@@ -195,64 +214,21 @@ def _backward_tiles(weight_HxV, mask_V, rows):
   def vocab_chunk(first, weight_HxC, mask_C, carry):
     dhidden_PxH, dweight_HxV = carry
 
-    def tile(i, carry):
+    def add_tile(i, carry):
       dhidden_PxH, dweight_HxC = carry
       part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * tokens, tokens), rows)
       x_TxC = _logits(part["hidden"], weight_HxC, part["temperature"], mask_C)
       probs_TxC = jnp.exp(x_TxC - part["lse"][:, None])
-      dx_TxC = _logits_gradient(x_TxC, probs_TxC, first, mask_C, part).astype(dx_dtype)
+      dx_TxC = _logits_gradient(x_TxC, probs_TxC, first, part).astype(dx_dtype)
       dhidden_TxH = lax.dynamic_slice_in_dim(dhidden_PxH, i * tokens, tokens) + _matmul(dx_TxC, weight_HxC, (1, 1))
       dhidden_PxH = lax.dynamic_update_slice_in_dim(dhidden_PxH, dhidden_TxH, i * tokens, axis=0)
       return dhidden_PxH, dweight_HxC + _matmul(part["hidden"], dx_TxC, (0, 0))
 
-    zero_HxC = jnp.zeros(weight_HxC.shape, sum_dtype)
-    dhidden_PxH, dweight_HxC = lax.fori_loop(0, chunks, tile, (dhidden_PxH, zero_HxC))
+    zero_HxC = jnp.zeros_like(weight_HxC, sum_dtype)
+    dhidden_PxH, dweight_HxC = lax.fori_loop(0, chunks, add_tile, (dhidden_PxH, zero_HxC))
     dweight_HxC = dweight_HxC.astype(dweight_HxV.dtype)
     return dhidden_PxH, lax.dynamic_update_slice_in_dim(dweight_HxV, dweight_HxC, first, axis=1)
 
-  start = (jnp.zeros(rows["hidden"].shape, sum_dtype), jnp.zeros_like(weight_HxV))
+  start = (jnp.zeros_like(rows["hidden"], sum_dtype), jnp.zeros_like(weight_HxV))
   dhidden_PxH, dweight_HxV = _sweep(vocab_size, ids, weight_HxV, mask_V, start, vocab_chunk)
   return dhidden_PxH[place_N], dweight_HxV
-
-
-@jax.custom_vjp
-def linear_logprob_chunked(hidden_NxH, weight_HxV, targets_N, temperature_N, vocab_mask_V) -> LinearLogprob:
-  return _forward(hidden_NxH, weight_HxV, targets_N, temperature_N, vocab_mask_V)[0]
-
-
-def _vjp_forward(*primals):
-  arguments = jax.tree.map(lambda primal: primal.value, primals)
-  result, tile = _forward(*arguments)
-  return result, (arguments, result, tile)
-
-
-def _vjp_backward(residuals, cotangents):
-  (hidden_NxH, weight_HxV, targets_N, temperature_N, mask_V), result, tile = residuals
-  # A cotangent that is zero by construction costs nothing: with logp alone, the entropy is not needed here.
-  dlogp_N, dlse_N, dentropy_N = (None if isinstance(c, SymbolicZero) else c for c in cotangents)
-  given = [c for c in (dlogp_N, dlse_N, dentropy_N) if c is not None]
-  if hidden_NxH.shape[0] == 0 or not given:
-    dhidden_NxH, dweight_HxV = jnp.zeros_like(hidden_NxH), jnp.zeros_like(weight_HxV)
-  else:
-    active_N = jnp.any(jnp.stack([c != 0 for c in given]), axis=0)
-    rows = {
-      "active": active_N,
-      "hidden": jnp.where(active_N[:, None], hidden_NxH, 0),  # 0 * inf in the product with dx would not be 0
-      "targets": targets_N,
-      "temperature": temperature_N,
-      "lse": result.lse,
-      "entropy": None if dentropy_N is None else result.entropy,
-      "dlogp": dlogp_N,
-      "dlse": dlse_N,
-      "dentropy": dentropy_N,
-    }
-    if tile is None:
-      dhidden_NxH, dweight_HxV = _backward_tiles(weight_HxV, mask_V, rows)
-    else:
-      dhidden_NxH, dweight_HxV = _backward_one_tile(weight_HxV, mask_V, rows, tile)
-  gradients = dhidden_NxH.astype(hidden_NxH.dtype), dweight_HxV.astype(weight_HxV.dtype)
-  no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (targets_N, mask_V))
-  return *gradients, no_gradient[0], jax.tree.map(jnp.zeros_like, temperature_N), no_gradient[1]
-
-
-linear_logprob_chunked.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

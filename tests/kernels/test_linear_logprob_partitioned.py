@@ -1,0 +1,27 @@
+"""The linear log-probability over a mesh, on CPU devices; the cases are in partitioned_cases.py."""
+
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from kernels.linear_logprob import Partition, linear_logprob, padded_vocab
+from tests.devices import run_on_devices
+
+CASES = ("one_tile", "over_meshes", "ragged_vocabulary", "explicit_mesh", "auto_mesh", "inside_shard_map")
+
+
+def test_on_eight_devices():
+  printed = run_on_devices(8, "tests.kernels.partitioned_cases:all_of_them").split()
+  assert printed == list(CASES)
+
+
+def test_padded_vocab():
+  assert padded_vocab(157_184, 1) == padded_vocab(157_184, 4) == 157_184  # 4 x 128 x 307
+  assert padded_vocab(157_184, 8) == 157_696  # 8 x 128 x 154
+  assert padded_vocab(1, 2) == 256
+
+
+def test_tokens_must_divide():
+  partition = Partition(AbstractMesh((2, 2), ("rows", "vocab"), (AxisType.Auto,) * 2), ("rows",), ("vocab",))
+  with pytest.raises(ValueError, match=r"21 tokens over \('rows',\): a multiple of 2"):
+    linear_logprob(jnp.ones((21, 4)), jnp.ones((4, 8)), jnp.zeros(21, int), partition=partition)
