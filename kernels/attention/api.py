@@ -67,9 +67,11 @@ def packed_attention(
   )
   if chosen is None and not fits_splash:
     chosen = Implementation.XLA_BLOCKED
+  if 0 in q_BxTxHxd.shape:
+    return jnp.zeros_like(q_BxTxHxd)
   valid_BxTx1x1 = (segment_ids_BxT != PADDING)[:, :, None, None]
   q, k, v = (jnp.where(valid_BxTx1x1, x, 0) for x in (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd))
-  if chosen is Implementation.REFERENCE or 0 in q.shape:
+  if chosen is Implementation.REFERENCE:
     out_BxTxHxd = packed_attention_reference(q, k, v, segment_ids_BxT)
   else:
     out_BxTxHxd = _differentiable(q, k, v, segment_ids_BxT, chosen)

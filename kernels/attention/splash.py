@@ -55,7 +55,17 @@ def backward(
   def row(arrays):
     q_HxTxd, k_KxTxd, v_KxTxd, ids_T, out_HxTxd, lse_HxT, dout_HxTxd = arrays
     kernel, segments = _kernel(ids_T, block, save_residuals=False, interpret=interpret)
-    residuals = (q_HxTxd, k_KxTxd, v_KxTxd, segments, None, out_HxTxd, lse_HxT, kernel.dq_mask_info, kernel.dkv_mask_info)
+    residuals = (
+      q_HxTxd,
+      k_KxTxd,
+      v_KxTxd,
+      segments,
+      None,
+      out_HxTxd,
+      lse_HxT,
+      kernel.dq_mask_info,
+      kernel.dkv_mask_info,
+    )
     with _precision(q_HxTxd.dtype):
       grads = _splash_attention_bwd(**kernel.kwargs, res=residuals, do=dout_HxTxd)
     return grads[3:6]

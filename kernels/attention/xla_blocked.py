@@ -47,9 +47,7 @@ def backward(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT, out_BxTxHxd, lse_
   delta_BxTxH = jnp.einsum("bthd,bthd->bth", dout_BxTxHxd, out_BxTxHxd, preferred_element_type=lse_BxHxT.dtype)
   per_query = (q_BxTxHxd, dout_BxTxHxd, lse_BxHxT.transpose(0, 2, 1)[..., None], delta_BxTxH[..., None])
   rows = (*(_query_rows(blocks(x), K) for x in per_query), *_keys(blocks, k_BxTxKxd, v_BxTxKxd))
-  dq_BxnxKxRxd, dk_BxnxKxCxd, dv_BxnxKxCxd = lax.map(
-    lambda row: _backward_row(*row), (*rows, blocks(segment_ids_BxT))
-  )
+  dq_BxnxKxRxd, dk_BxnxKxCxd, dv_BxnxKxCxd = lax.map(lambda row: _backward_row(*row), (*rows, blocks(segment_ids_BxT)))
   dk_BxTxKxd, dv_BxTxKxd = (_from_query_rows(x, K)[:, :T].astype(k_BxTxKxd.dtype) for x in (dk_BxnxKxCxd, dv_BxnxKxCxd))
   return _from_query_rows(dq_BxnxKxRxd, H)[:, :T].astype(q_BxTxHxd.dtype), dk_BxTxKxd, dv_BxTxKxd
 
@@ -67,8 +65,9 @@ def _blocks(x_BxT: jax.Array, size: int) -> jax.Array:
 
 def _query_rows(x_BxnxCxHxd: jax.Array, num_kv_heads: int) -> jax.Array:
   """[B, n, K, G * C, d]: the query heads of one key head share a product."""
-  B, n, C, H, d = x_BxnxCxHxd.shape
-  return x_BxnxCxHxd.reshape(B, n, C, num_kv_heads, -1, d).transpose(0, 1, 3, 4, 2, 5).reshape(B, n, num_kv_heads, -1, d)
+  B, n, C, _, d = x_BxnxCxHxd.shape
+  x_BxnxCxKxGxd = x_BxnxCxHxd.reshape(B, n, C, num_kv_heads, -1, d)
+  return x_BxnxCxKxGxd.transpose(0, 1, 3, 4, 2, 5).reshape(B, n, num_kv_heads, -1, d)
 
 
 def _from_query_rows(x_BxnxKxRxd: jax.Array, num_heads: int) -> jax.Array:
@@ -143,9 +142,8 @@ def _forward_row(q_nxKxRxd, k_nxKxdxC, v_nxKxCxd, ids_nxC):
 
 
 def _backward_row(q_nxKxRxd, dout_nxKxRxd, lse_nxKxRx1, delta_nxKxRx1, k_nxKxdxC, v_nxKxCxd, ids_nxC):
-  n, K, C, d = v_nxKxCxd.shape
   wide = lse_nxKxRx1.dtype
-  scale = d**-0.5
+  scale = v_nxKxCxd.shape[-1] ** -0.5
 
   def visit(i, j, diagonal):
     """(dq of block i, dk and dv of block j) from this pair."""
@@ -176,6 +174,6 @@ def _backward_row(q_nxKxRxd, dout_nxKxRxd, lse_nxKxRx1, delta_nxKxRx1, k_nxKxdxC
     return tuple(totals), dq_KxRxd
 
   zeros_nxKxCxd = jnp.zeros(v_nxKxCxd.shape, wide)
-  blocks = jnp.arange(n), _first_keys(ids_nxC)
+  blocks = jnp.arange(len(ids_nxC)), _first_keys(ids_nxC)
   (dk_nxKxCxd, dv_nxKxCxd), dq_nxKxRxd = lax.scan(queries, (zeros_nxKxCxd, zeros_nxKxCxd), blocks)
   return dq_nxKxRxd, dk_nxKxCxd, dv_nxKxCxd
