@@ -1,0 +1,73 @@
+"""Where the keys and values of decoding live.
+
+`DenseCache` gives every slot its whole length.  `PagedCache` gives slots pages of a fixed number of positions, as they
+need them; which page holds what is said by a page table, that is an argument of every function here and belongs to
+whoever hands pages out.  Slots may share pages, such as those of a common prompt, as long as none of them writes there.
+
+Dimension key: L layers, B slots, S positions of a dense slot, P pages, N positions of a page, W pages of one slot's
+table, K key/value heads, C = 2K, d head dim, T positions of a prefill.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class DenseCache(NamedTuple):
+  """Keys lie with the position last, which makes decode's q.k a plain matrix product."""
+
+  k_LxBxKxdxS: jax.Array
+  v_LxBxKxSxd: jax.Array
+
+
+class PagedCache(NamedTuple):
+  """The key of head h is at 2h of C, its value at 2h + 1: the order that ragged paged attention reads.
+
+  A row of a page table, int32 [W], lists the pages of one slot in the order of positions: position t is in page
+  row[t // N].  Entries that hold no position yet may be anything.
+  """
+
+  pages_LxPxNxCxd: jax.Array
+
+  @classmethod
+  def empty(cls, layers: int, pages: int, page_size: int, kv_heads: int, head_dim: int, dtype) -> "PagedCache":
+    return cls(jnp.zeros((layers, pages, page_size, 2 * kv_heads, head_dim), dtype))
+
+  def write(
+    self,
+    layer: jax.Array | int,
+    k_BxKxd: jax.Array,
+    v_BxKxd: jax.Array,
+    page_table_BxW: jax.Array,
+    positions_B: jax.Array,
+    active_B: jax.Array,
+  ) -> "PagedCache":
+    """One token a slot, at `positions_B`; a slot that is not active writes nothing."""
+    num_pages, page_size = self.pages_LxPxNxCxd.shape[1:3]
+    page_B = jnp.take_along_axis(page_table_BxW, positions_B[:, None] // page_size, axis=1, mode="clip")[:, 0]
+    # Beyond the last page a scatter drops what it is given.
+    page_B = jnp.where(active_B, page_B, num_pages)
+    token_BxCxd = _interleaved(k_BxKxd, v_BxKxd).astype(self.pages_LxPxNxCxd.dtype)
+    return PagedCache(self.pages_LxPxNxCxd.at[layer, page_B, positions_B % page_size].set(token_BxCxd, mode="drop"))
+
+  def insert(
+    self, k_LxTxKxd: jax.Array, v_LxTxKxd: jax.Array, pages_W: jax.Array, length: jax.Array | int
+  ) -> "PagedCache":
+    """The first `length` positions of a prefill into the pages of one slot.  Whole pages are written."""
+    num_pages, page_size = self.pages_LxPxNxCxd.shape[1:3]
+    kv_LxTxCxd = _interleaved(k_LxTxKxd, v_LxTxKxd).astype(self.pages_LxPxNxCxd.dtype)
+    L, T, C, d = kv_LxTxCxd.shape
+    filled = -(-T // page_size)
+    if filled > len(pages_W):
+      raise ValueError(f"insert: {T} positions do not fit into {len(pages_W)} pages of {page_size}")
+    padded = jnp.pad(kv_LxTxCxd, ((0, 0), (0, filled * page_size - T), (0, 0), (0, 0)))
+    needed_W = jnp.arange(filled) * page_size < length
+    page_W = jnp.where(needed_W, pages_W[:filled], num_pages)
+    return PagedCache(self.pages_LxPxNxCxd.at[:, page_W].set(padded.reshape(L, filled, page_size, C, d), mode="drop"))
+
+
+def _interleaved(k_KxD: jax.Array, v_KxD: jax.Array) -> jax.Array:
+  """[..., 2K, d] with keys at even and values at odd places."""
+  *lead, K, d = k_KxD.shape
+  return jnp.stack([k_KxD, v_KxD], axis=-2).reshape(*lead, 2 * K, d)
