@@ -40,6 +40,7 @@ __all__ = [
   "ParallelConfig",
   "RLConfig",
   "Remat",
+  "RetentionCounts",
   "RolloutConfig",
   "RolloutDtype",
   "RunConfig",
@@ -167,6 +168,13 @@ class BudgetCounts(Enum):
   GENERATED = "generated"  # every token as it is sampled: the prose of section 2.3.3
 
 
+class RetentionCounts(Enum):
+  """What makes a rollout older; the two differ only for what waits for its first slot."""
+
+  ITERATIONS = "iterations"  # every iteration that it survived: "increased by 1 for every unfinished rollout"
+  PARTITIONS = "partitions"  # every iteration end that cut it: "the number of partitions it has undergone"
+
+
 class OnPurge(Enum):
   """What becomes of a rollout whose retention exceeds the limit."""
 
@@ -186,6 +194,7 @@ class RolloutConfig:
   group_size: int = 8  # G
   unit: Unit = Unit.GROUP
   budget_counts: BudgetCounts = BudgetCounts.COMPLETED
+  retention_counts: RetentionCounts = RetentionCounts.ITERATIONS
   on_purge: OnPurge = OnPurge.DROP
   kv_policy: KVPolicy = KVPolicy.RECOMPUTE
   dtype: RolloutDtype = RolloutDtype.FLOAT32
@@ -200,8 +209,8 @@ class RolloutConfig:
 
   def __post_init__(self):
     for name, kind in (
-      ("unit", Unit), ("budget_counts", BudgetCounts), ("on_purge", OnPurge), ("kv_policy", KVPolicy),
-      ("dtype", RolloutDtype),
+      ("unit", Unit), ("budget_counts", BudgetCounts), ("retention_counts", RetentionCounts), ("on_purge", OnPurge),
+      ("kv_policy", KVPolicy), ("dtype", RolloutDtype),
     ):  # fmt: skip
       coerce_enum(self, name, kind, "rollout")
     if self.pool == 0:

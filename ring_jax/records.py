@@ -4,6 +4,8 @@ Plain data: no JAX, no arrays.  Everything here turns into JSON and back without
 """
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from configs.schema import Enum
@@ -30,6 +32,28 @@ class Rollout:
   finish_reason: FinishReason | None = None  # None while unfinished
   reward: float | None = None  # None until scored
   retention: int = 0  # iterations it has survived unfinished
+
+  # What the scheduler does with the content of a rollout, and all it knows of it.  The simulator's rollouts have none,
+  # only a length, and answer the same.
+
+  @property
+  def length(self) -> int:
+    """Tokens sampled so far."""
+    return len(self.tokens)
+
+  def extend(self, tokens: Sequence[int], logps: Sequence[float], version: int) -> None:
+    """Appends what the weights `version` sampled."""
+    self.tokens.extend(tokens)
+    self.logps.extend(logps)
+    self.versions.extend(itertools.repeat(version, len(tokens)))
+
+  def restart(self) -> None:
+    """Back to the prompt."""
+    self.tokens, self.logps, self.versions = [], [], []
+
+  def staleness(self, version: int) -> tuple[int, int]:
+    """Versions that have passed at `version` since each token was sampled: their sum, and the most; needs a token."""
+    return len(self.versions) * version - sum(self.versions), version - min(self.versions)
 
   def to_dict(self) -> dict[str, Any]:
     """Plain data that shares nothing with the record."""

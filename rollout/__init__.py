@@ -1,1 +1,1 @@
-"""Engine, sampling, C3PO++ scheduler and driver."""
+"""Engine, sampling, C3PO++ scheduler, driver and simulator."""

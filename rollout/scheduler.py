@@ -24,7 +24,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from configs.schema import BudgetCounts, KVPolicy, OnPurge, RolloutConfig, Unit
+from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
 from ring_jax.records import FinishReason, Rollout
 
 Histogram = collections.Counter[int]
@@ -135,10 +135,15 @@ class C3POScheduler:
 
   A rollout is in exactly one place: in the pool (waiting or in a slot), in the group buffer (ended, a sibling has not),
   in Q_train, or gone (trained on, dropped, aborted).
+
+  Args:
+    config: the rules.
+    rollout_type: what a rollout is; the simulator's has a length and no content.
   """
 
-  def __init__(self, config: RolloutConfig):
+  def __init__(self, config: RolloutConfig, rollout_type: type[Rollout] = Rollout):
     self._config = config
+    self._rollout_type = rollout_type
     self._iteration = 0  # iterations that have ended
     self._inside = False  # between begin_iteration and end_iteration
     self._closed = False  # no more prompts will come
@@ -243,7 +248,7 @@ class C3POScheduler:
       if self._config.unit is Unit.GROUP:
         self._groups[group] = _Group(self._config.group_size, [])
       for _ in range(self._config.group_size):
-        rollout = Rollout(uid=self._next_uid, group=group, problem=problem, prompt=ids)
+        rollout = self._rollout_type(uid=self._next_uid, group=group, problem=problem, prompt=ids)
         self._pool[rollout.uid] = rollout
         self._waiting.append(rollout.uid)  # the youngest of all: the queue stays in order
         admitted.append(rollout)
@@ -274,9 +279,7 @@ class C3POScheduler:
     rollout = self._require_running("record", uid)
     if len(tokens) != len(logps):
       raise SchedulerError(f"record: rollout {uid} got {len(tokens)} tokens but {len(logps)} log-probs")
-    rollout.tokens.extend(tokens)
-    rollout.logps.extend(logps)
-    rollout.versions.extend([version] * len(tokens))
+    rollout.extend(tokens, logps, version)
     self._counts.generated += len(tokens)
     if self._config.budget_counts is BudgetCounts.GENERATED:
       self._counted += len(tokens)
@@ -296,7 +299,7 @@ class C3POScheduler:
       self._forget(rollout, reason)
       return
     rollout = self._require_running("finish", uid)
-    if not rollout.tokens:
+    if not rollout.length:
       raise SchedulerError(f"finish: rollout {uid} has no token (abort it instead)")
     self._complete(rollout, reason)
 
@@ -311,8 +314,10 @@ class C3POScheduler:
     self._require_inside("end_iteration")
     rollouts = sorted(self._ready, key=lambda rollout: rollout.uid)
     self._count_trained(rollouts, version)
+    every = self._config.retention_counts is RetentionCounts.ITERATIONS
     for rollout in self._pool.values():
-      rollout.retention += 1
+      if every or rollout.length:
+        rollout.retention += 1
     if self._config.kv_policy is KVPolicy.RECOMPUTE:
       self._slot_of = {}
       self._free = list(range(self._config.slots))
@@ -368,13 +373,24 @@ class C3POScheduler:
     self._iteration, self._inside, self._closed = state["iteration"], state["inside"], state["closed"]
     self._next_uid, self._next_group = state["next_uid"], state["next_group"]
     self._counted = state["counted"]
-    self._pool = {rollout.uid: rollout for rollout in _load(state["pool"])}
+    self._pool = {rollout.uid: rollout for rollout in self._load(state["pool"])}
     self._slot_of = {uid: slot for slot, uid in state["slots"]}
     self._free = sorted(set(range(self._config.slots)) - set(self._slot_of.values()))
-    self._groups = {entry["group"]: _Group(entry["unfinished"], _load(entry["finished"])) for entry in state["groups"]}
-    self._ready, self._purged = _load(state["ready"]), _load(state["purged"])
+    self._groups = {
+      entry["group"]: _Group(entry["unfinished"], self._load(entry["finished"])) for entry in state["groups"]
+    }
+    self._ready, self._purged = self._load(state["ready"]), self._load(state["purged"])
     self._counts, self._totals = Counts.from_dict(state["counts"]), Counts.from_dict(state["totals"])
     self._rebuild_waiting()
+
+  def _load(self, entries: Iterable[Mapping[str, Any]]) -> list[Rollout]:
+    """Rollouts with lists of their own, so that one saved state can be loaded twice."""
+    return [
+      self._rollout_type.from_dict(
+        {name: list(value) if isinstance(value, list) else value for name, value in entry.items()}
+      )
+      for entry in entries
+    ]
 
   def _shape(self) -> dict[str, Any]:
     """What a state depends on: one that was saved under other values does not fit."""
@@ -391,10 +407,11 @@ class C3POScheduler:
       before = dataclasses.replace(rollout, finish_reason=FinishReason.PURGED)
       self._counts.requeued += 1
       self._waste(rollout)
-      rollout.tokens, rollout.logps, rollout.versions, rollout.retention = [], [], [], 0
+      rollout.restart()
+      rollout.retention = 0
       self._free_slot(rollout.uid)
       return before
-    if policy is OnPurge.TRAIN and rollout.tokens:  # one that never got a slot has nothing to train on
+    if policy is OnPurge.TRAIN and rollout.length:  # one that never got a slot has nothing to train on
       self._counts.cut += 1
       self._complete(rollout, FinishReason.PURGED)
       return rollout
@@ -406,9 +423,9 @@ class C3POScheduler:
     """To Q_train, or to the group buffer until the last sibling has ended."""
     self._leave_pool(rollout, reason)
     self._counts.finished += 1
-    self._counts.lengths_finished[len(rollout.tokens)] += 1
+    self._counts.lengths_finished[rollout.length] += 1
     if self._config.budget_counts is BudgetCounts.COMPLETED:
-      self._counted += len(rollout.tokens)
+      self._counted += rollout.length
     if self._config.unit is Unit.ROLLOUT:
       self._ready.append(rollout)
     else:
@@ -440,22 +457,22 @@ class C3POScheduler:
       del self._groups[uid]
 
   def _waste(self, rollout: Rollout) -> None:
-    self._counts.wasted += len(rollout.tokens)
-    self._counts.lengths_wasted[len(rollout.tokens)] += 1
+    self._counts.wasted += rollout.length
+    self._counts.lengths_wasted[rollout.length] += 1
 
   def _count_trained(self, rollouts: list[Rollout], version: int) -> None:
     counts = self._counts
     counts.trained_rollouts = len(rollouts)
     counts.trained_groups = len({rollout.group for rollout in rollouts})
     for rollout in rollouts:
-      length = len(rollout.tokens)
-      counts.trained += length
-      counts.lengths_trained[length] += 1
-      counts.staleness_sum += length * version - sum(rollout.versions)
-      counts.max_staleness = max(counts.max_staleness, version - min(rollout.versions))
+      staleness, oldest = rollout.staleness(version)
+      counts.trained += rollout.length
+      counts.lengths_trained[rollout.length] += 1
+      counts.staleness_sum += staleness
+      counts.max_staleness = max(counts.max_staleness, oldest)
 
   def _rebuild_waiting(self) -> None:
-    """Once an iteration; admissions keep the order, and a common ageing does not change it."""
+    """Once an iteration, since ageing may change the order; admissions keep it."""
     waiting = (rollout for rollout in self._pool.values() if rollout.uid not in self._slot_of)
     self._waiting = collections.deque(
       rollout.uid for rollout in sorted(waiting, key=lambda rollout: (-rollout.retention, rollout.uid))
@@ -496,11 +513,3 @@ def _summary(name: str, lengths: Histogram) -> dict[str, float]:
 
 def _dump(rollouts: Iterable[Rollout]) -> list[dict[str, Any]]:
   return [rollout.to_dict() for rollout in rollouts]
-
-
-def _load(entries: Iterable[Mapping[str, Any]]) -> list[Rollout]:
-  """Rollouts with lists of their own, so that one saved state can be loaded twice."""
-  return [
-    Rollout.from_dict({name: list(value) if isinstance(value, list) else value for name, value in entry.items()})
-    for entry in entries
-  ]

@@ -11,6 +11,7 @@ FLOORS = {
   "ring_jax.model": 2,
   "ring_jax.records": 2,
   "rollout": 3,
+  "rollout.simulate": 5,  # a command
   "ring_jax.rl": 3,
   "ring_jax.rewards": 3,
   "ring_jax.data": 3,

@@ -5,10 +5,10 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, settings, stateful
 from hypothesis import strategies as st
 
-from configs.schema import BudgetCounts, KVPolicy, OnPurge, RolloutConfig, Unit
+from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
 from ring_jax.records import FinishReason
 from rollout.scheduler import C3POScheduler, Counts, SchedulerError
 
@@ -145,14 +145,16 @@ def test_an_interrupted_rollout_resumes_with_its_tokens_and_counts_in_full():
   slots=st.integers(1, 5),
   budget=st.integers(1, 30),
   sigma=st.integers(0, 3),
+  ages=st.sampled_from(RetentionCounts),
 )
-def test_it_is_algorithm_1(lengths, slots, budget, sigma):
+def test_it_is_algorithm_1(lengths, slots, budget, sigma, ages):
   def length_of(uid):
     return lengths[uid % len(lengths)]
 
   # A budget that no rollout could meet before it is purged would make the algorithm (and us) turn in one iteration for
   # long, but never for ever: an iteration has no time limit.
-  player = Player(make_config(**LITERAL, slots=slots, token_budget=budget, retention=sigma), length_of)
+  config = make_config(**LITERAL, slots=slots, token_budget=budget, retention=sigma, retention_counts=ages)
+  player = Player(config, length_of)
   ours = [[(r.uid, r.versions) for r in player.iterate().rollouts] for _ in range(6)]
   assert ours == algorithm_1(length_of, slots, budget, sigma, 6)
 
@@ -307,6 +309,23 @@ def test_age_goes_before_uid():
   assert [rollout.uid for _, rollout in scheduler.place()] == [2, 3]
 
 
+@pytest.mark.parametrize(
+  "counts, ages, purged",
+  [(RetentionCounts.ITERATIONS, [1, 1, 1, 1], [0, 1, 2, 3]), (RetentionCounts.PARTITIONS, [1, 0, 0, 0], [0])],
+)
+def test_what_makes_a_rollout_older(counts, ages, purged):
+  """uid 0 has a token, uid 1 a slot and no token yet, uids 2 and 3 wait."""
+  scheduler = C3POScheduler(make_config(slots=2, pool=4, retention=0, retention_counts=counts))
+  scheduler.begin_iteration()
+  scheduler.admit([(0, [1]), (1, [1])])
+  scheduler.place()
+  scheduler.record(0, [1], [-1.0], 0)
+  scheduler.end_iteration(0)
+  assert [entry["retention"] for entry in scheduler.state_dict()["pool"]] == ages
+  assert [rollout.uid for rollout in scheduler.begin_iteration()] == purged
+  assert [rollout.uid for _, rollout in scheduler.place()] == [uid for uid in range(4) if uid not in purged][:2]
+
+
 def test_abort_takes_running_and_waiting_rollouts():
   scheduler = C3POScheduler(make_config(slots=1, pool=2))
   scheduler.begin_iteration()
@@ -397,6 +416,7 @@ configs = st.builds(
   retention=st.integers(0, 3),
   unit=st.sampled_from(Unit),
   budget_counts=st.sampled_from(BudgetCounts),
+  retention_counts=st.sampled_from(RetentionCounts),
   # REQUEUE has a test of its own: a rollout longer than sigma + 1 iterations allow is started again for ever.
   on_purge=st.sampled_from([OnPurge.DROP, OnPurge.TRAIN]),
   kv_policy=st.sampled_from(KVPolicy),
@@ -531,6 +551,36 @@ def test_no_length_bias(config, lengths, prompts, chunk):
   assert player.scheduler.totals.wasted == 0
 
 
+@settings(max_examples=60, deadline=None)
+@given(config=configs, lengths=lengths_lists, prompts=st.integers(1, 12), chunk=st.integers(1, 4))
+def test_what_is_missing_from_the_trained_lengths_was_beyond_the_window(config, lengths, prompts, chunk):
+  """With a window that closes: every rollout is trained on whole, or was purged after sigma + 1 iterations unfinished."""
+  player = Player(config, lambda uid: lengths[uid % len(lengths)], chunk, prompts=prompts)
+  whole, purged, entered = {}, {}, {}
+  while not (player.scheduler.closed and player.scheduler.in_flight == 0):
+    events = player.events()
+    while True:
+      for entry in player.scheduler.state_dict()["pool"]:
+        entered.setdefault(entry["uid"], player.version)
+      try:
+        next(events)
+      except StopIteration as stop:
+        result = stop.value
+        break
+    for rollout in result.purged:
+      purged[rollout.uid] = result.iteration
+    for rollout in result.rollouts:
+      if rollout.finish_reason is FinishReason.STOP:
+        whole[rollout.uid] = len(rollout.tokens)
+  assert sorted([*whole, *purged]) == list(range(prompts * config.group_size))
+  assert all(length == lengths[uid % len(lengths)] for uid, length in whole.items())
+  for uid, iteration in purged.items():
+    survived = iteration - entered[uid]
+    assert survived > config.retention
+    if config.retention_counts is RetentionCounts.ITERATIONS:
+      assert survived == config.retention + 1
+
+
 def test_requeue_keeps_the_books():
   """Lengths that come down under newer weights, as in life; else the long ones would start again for ever."""
   config = make_config(on_purge=OnPurge.REQUEUE, retention=0, token_budget=6, slots=4)
@@ -560,3 +610,144 @@ def test_metrics_of_an_iteration():
   assert [metrics[f"scheduler/length_trained_{name}"] for name in ("p50", "p95", "max")] == [2, 8, 8]
   assert metrics["scheduler/tokens_generated"] == metrics["scheduler/tokens_counted"] == 16
   assert json.loads(json.dumps(metrics)) == metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any legal sequence of calls
+
+
+class Machine(stateful.RuleBasedStateMachine):
+  """Every call that the state allows, in any order: early ends, aborts, slots left empty, a restart at any point.
+
+  The model is what the caller knows: the tokens it recorded, and where each rollout was seen to go.
+  """
+
+  @stateful.initialize(
+    config=st.builds(
+      lambda config, on_purge: make_config(**{**vars(config), "on_purge": on_purge}), configs, st.sampled_from(OnPurge)
+    )
+  )
+  def start(self, config):
+    self.config, self.scheduler = config, C3POScheduler(config)
+    self.inside = False
+    self.version = 0
+    self.tokens = {}  # of unfinished rollouts and those that wait for siblings, by uid: [(token, version)]
+    self.group_of = {}
+    self.gone = set()  # trained on, dropped or aborted
+
+  @stateful.precondition(lambda self: not self.inside)
+  @stateful.rule()
+  def begin(self):
+    purged = self.scheduler.begin_iteration()
+    self.inside = True
+    for rollout in purged:
+      assert [*zip(rollout.tokens, rollout.versions, strict=True)] == self.tokens[rollout.uid]
+      if self.config.on_purge is OnPurge.REQUEUE:
+        self.tokens[rollout.uid] = []
+      elif self.config.on_purge is OnPurge.DROP or not rollout.tokens:
+        self.forget(rollout.uid)
+    assert self.scheduler.counted == sum(
+      len(rollout.tokens)
+      for rollout in purged
+      if self.config.on_purge is OnPurge.TRAIN and self.config.budget_counts is BudgetCounts.COMPLETED
+    )
+
+  @stateful.precondition(lambda self: self.inside and self.scheduler.wanted_groups)
+  @stateful.rule(data=st.data())
+  def admit(self, data):
+    count = data.draw(st.integers(1, self.scheduler.wanted_groups))
+    for rollout in self.scheduler.admit([(7, [1, 2])] * count):
+      self.tokens[rollout.uid], self.group_of[rollout.uid] = [], rollout.group
+
+  @stateful.precondition(lambda self: self.inside and self.scheduler.in_flight)
+  @stateful.rule()
+  def place(self):
+    pool, running = self.scheduler.state_dict()["pool"], self.scheduler.running()
+    in_slots = {rollout.uid for rollout in running.values()}
+    waiting = sorted((-entry["retention"], entry["uid"]) for entry in pool if entry["uid"] not in in_slots)
+    free = sorted(set(range(self.config.slots)) - set(running))
+    placed = self.scheduler.place()
+    assert [(slot, rollout.uid) for slot, rollout in placed] == [
+      (slot, uid) for slot, (_, uid) in zip(free, waiting, strict=False)
+    ]
+
+  @stateful.precondition(lambda self: self.inside and self.scheduler.running())
+  @stateful.rule(data=st.data())
+  def decode(self, data):
+    """Some tokens for some of the rollouts in slots, and an end for some."""
+    for uid in [rollout.uid for rollout in self.scheduler.running().values()]:
+      count = data.draw(st.integers(0, 3))
+      drawn = [(1000 * uid + len(self.tokens[uid]) + index, self.version) for index in range(count)]
+      self.scheduler.record(uid, [token for token, _ in drawn], [-0.5] * count, self.version)
+      self.tokens[uid] += drawn
+      if self.tokens[uid] and data.draw(st.booleans()):
+        self.scheduler.finish(uid, data.draw(st.sampled_from([FinishReason.STOP, FinishReason.LENGTH])))
+
+  @stateful.precondition(lambda self: self.inside)
+  @stateful.rule(data=st.data())
+  def turn(self, data):
+    """What a driver does without a break, so that long sequences get somewhere."""
+    if self.scheduler.wanted_groups:
+      for rollout in self.scheduler.admit([(7, [1, 2])]):
+        self.tokens[rollout.uid], self.group_of[rollout.uid] = [], rollout.group
+    self.place()
+    if self.scheduler.running():
+      self.decode(data)
+
+  @stateful.precondition(lambda self: self.inside and self.scheduler.in_flight)
+  @stateful.rule(data=st.data())
+  def abort(self, data):
+    uid = data.draw(st.sampled_from([entry["uid"] for entry in self.scheduler.state_dict()["pool"]]))
+    if data.draw(st.integers(0, 3)) < 3:  # seldom, or nothing would live to be trained on
+      return
+    self.scheduler.finish(uid, FinishReason.ABORTED)
+    self.forget(uid)
+
+  @stateful.precondition(lambda self: self.inside)
+  @stateful.rule()
+  def end(self):
+    result = self.scheduler.end_iteration(self.version)
+    self.inside = False
+    assert [rollout.uid for rollout in result.rollouts] == sorted(rollout.uid for rollout in result.rollouts)
+    for rollout in result.rollouts:  # whole, in order, and for the first time
+      assert [*zip(rollout.tokens, rollout.versions, strict=True)] == self.tokens[rollout.uid]
+      assert rollout.finish_reason is not None
+      self.forget(rollout.uid)
+    if self.config.unit is Unit.GROUP:  # nobody of a trained group comes later
+      trained = {rollout.group for rollout in result.rollouts}
+      assert not trained & {self.group_of[uid] for uid in self.tokens}
+    self.version += 1
+
+  @stateful.rule()
+  def restart(self):
+    state = self.scheduler.state_dict()
+    text = json.dumps(state, sort_keys=True)
+    self.scheduler = C3POScheduler(self.config)
+    self.scheduler.load_state_dict(json.loads(text))
+    assert json.dumps(self.scheduler.state_dict(), sort_keys=True) == text
+
+  def forget(self, uid):
+    assert uid not in self.gone
+    self.gone.add(uid)
+    del self.tokens[uid]
+
+  @stateful.invariant()
+  def books(self):
+    scheduler, config = self.scheduler, self.config
+    state, running = scheduler.state_dict(), scheduler.running()
+    assert scheduler.in_flight <= config.pool and len(running) <= config.slots
+    assert len({rollout.uid for rollout in running.values()}) == len(running)
+    limit = config.retention if self.inside else config.retention + 1  # purged as the next iteration begins
+    assert all(entry["retention"] <= limit for entry in state["pool"])
+    held = {
+      entry["uid"]: len(entry["tokens"])
+      for entry in [*state["pool"], *state["ready"], *(one for group in state["groups"] for one in group["finished"])]
+    }
+    assert held == {uid: len(tokens) for uid, tokens in self.tokens.items()}
+    totals = scheduler.totals
+    assert totals.generated == totals.trained + totals.wasted + sum(held.values())
+    assert scheduler.buffered == sum(len(group["finished"]) for group in state["groups"])
+
+
+Machine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+test_any_legal_sequence_of_calls = Machine.TestCase

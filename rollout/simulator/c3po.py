@@ -1,0 +1,169 @@
+"""C3PO++ over a trace: the scheduler of the live driver, and time instead of an engine.
+
+    as rollout/driver.py:  begin_iteration; until the iteration is done: admit, place, decode, record, finish; end_iteration
+
+The driver looks at its rollouts after every dispatch.  Nothing can change between two looks unless an answer ends or the
+budget is spent, so the simulation goes from one such moment to the next and tells the scheduler of a rollout's tokens when
+it ends, when the budget is spent, and when the iteration ends.  At every moment at which the scheduler is asked anything
+that depends on tokens it has been told of all of them: decisions are those of the driver, dispatch by dispatch
+(tests/rollout/test_simulator.py compares the two).
+"""
+
+import dataclasses
+import heapq
+from collections.abc import Sequence
+
+from configs.schema import BudgetCounts, RolloutConfig
+from ring_jax.records import FinishReason, Rollout
+from rollout.scheduler import C3POScheduler, IterationResult
+from rollout.simulator.clock import Clock
+from rollout.simulator.costs import Costs
+from rollout.simulator.lengths import Trace
+from rollout.simulator.outcome import Outcome, Recorder, Runs
+
+
+@dataclasses.dataclass
+class CountedRollout(Rollout):
+  """A rollout without content: how many tokens it has, and which version drew how many."""
+
+  length: int = 0
+  runs: Runs = dataclasses.field(default_factory=list)
+
+  def extend(self, tokens: Sequence[int], logps: Sequence[float], version: int) -> None:
+    count, runs = len(tokens), self.runs
+    self.length += count
+    if runs and runs[-1][0] == version:
+      runs[-1] = (version, runs[-1][1] + count)
+    else:
+      runs.append((version, count))
+
+  def restart(self) -> None:
+    self.length, self.runs = 0, []
+
+  def staleness(self, version: int) -> tuple[int, int]:
+    runs = self.runs
+    return sum((version - drawn_by) * count for drawn_by, count in runs), version - runs[0][0]
+
+
+class C3POSimulation:
+  """`iterate` runs one iteration; `run` all of them, to the end of the trace."""
+
+  def __init__(self, trace: Trace, config: RolloutConfig, costs: Costs):
+    if trace.group_size != config.group_size:
+      raise ValueError(f"a trace of groups of {trace.group_size}, a scheduler of groups of {config.group_size}")
+    self.scheduler = C3POScheduler(config, CountedRollout)
+    self.clock = Clock(config, costs)
+    self._recorder = Recorder("c3po", config.slots, costs, self.clock)
+    self._trace, self._config = trace, config
+    self._by_tokens = config.budget_counts is BudgetCounts.GENERATED
+    self._cursor = 0  # prompts that have entered
+    # Of the rollouts in slots.  A rollout's tokens are recorded up to the dispatch in _since; with k steps a dispatch it
+    # holds prompt + length + k (now - since) tokens by now.
+    self._ends: list[tuple[int, int, CountedRollout]] = []  # a heap: dispatch, slot, rollout
+    self._since: dict[int, int] = {}  # by uid
+    self._since_sum = 0
+    self._held = 0  # sum of prompt + length - k since
+
+  def run(self) -> Outcome:
+    outcome = self._recorder.outcome
+    scheduler = self.scheduler
+    while not (scheduler.closed and scheduler.in_flight == 0):
+      result = self.iterate()
+      if scheduler.closed and outcome.fed is None:
+        outcome.fed = result.iteration
+      self._recorder.end(
+        result.version,
+        ((rollout.length, rollout.runs) for rollout in result.rollouts),
+        result.counts.generated, result.counts.wasted, result.in_flight,
+      )  # fmt: skip
+    totals = scheduler.totals
+    return self._recorder.close(totals.dropped + totals.aborted)
+
+  def iterate(self) -> IterationResult:
+    scheduler = self.scheduler
+    version = scheduler.iteration
+    scheduler.begin_iteration()
+    self._ends, self._since, self._since_sum, self._held = [], {}, 0, 0
+    for slot, rollout in scheduler.running().items():  # none unless keys and values are kept
+      self._start(slot, rollout)
+    while not self._done(version):
+      self._admit()
+      placed = scheduler.place()
+      if placed:
+        self._prefill(placed)
+        for slot, rollout in placed:
+          self._start(slot, rollout)
+      self._advance(version)
+    self._record_all(version)
+    return scheduler.end_iteration(version)
+
+  def _done(self, version: int) -> bool:
+    scheduler = self.scheduler
+    if self._by_tokens and scheduler.counted < self._config.token_budget <= scheduler.counted + self._pending():
+      self._record_all(version)
+    return scheduler.iteration_done
+
+  def _admit(self) -> None:
+    wanted = self.scheduler.wanted_groups
+    if wanted:
+      end = min(self._cursor + wanted, self._trace.groups)
+      self.scheduler.admit([(group, ()) for group in range(self._cursor, end)])
+      if end < self._cursor + wanted:
+        self.scheduler.close()
+      self._cursor = end
+
+  def _prefill(self, placed: list[tuple[int, CountedRollout]]) -> None:
+    """One prefill a distinct sequence; siblings that begin together share the prompt's."""
+    prompts = self._trace.prompts
+    fresh: set[tuple[int, int]] = set()
+    sequences = tokens = 0
+    for _, rollout in placed:
+      prompt = prompts[rollout.uid]
+      if rollout.length:
+        sequences += 1
+        tokens += prompt + rollout.length
+      elif (rollout.group, prompt) not in fresh:
+        fresh.add((rollout.group, prompt))
+        sequences += 1
+        tokens += prompt
+    self.clock.prefill(sequences, tokens)
+
+  def _start(self, slot: int, rollout: CountedRollout) -> None:
+    uid, now, k = rollout.uid, self.clock.dispatches, self._config.steps_per_dispatch
+    left = self._trace.lengths[uid] - rollout.length
+    heapq.heappush(self._ends, (now - (-left // k), slot, rollout))
+    self._since[uid] = now
+    self._since_sum += now
+    self._held += self._trace.prompts[uid] + rollout.length - k * now
+
+  def _pending(self) -> int:
+    """Tokens in slots that the scheduler has not been told of; nothing ends before the present moment."""
+    return self._config.steps_per_dispatch * (len(self._since) * self.clock.dispatches - self._since_sum)
+
+  def _advance(self, version: int) -> None:
+    """To the next dispatch after which an answer ended or, where tokens count as they are drawn, the budget is spent."""
+    clock, scheduler, ends, k = self.clock, self.scheduler, self._ends, self._config.steps_per_dispatch
+    active, now, target = len(self._since), clock.dispatches, ends[0][0]
+    missing = self._config.token_budget - scheduler.counted
+    if self._by_tokens and missing > 0:
+      target = min(target, -(-(missing + k * self._since_sum) // (k * active)))
+    clock.decode(target - now, active, self._held + k * active * now)
+    while ends and ends[0][0] == target:  # in the order of slots, as in the driver
+      _, _, rollout = heapq.heappop(ends)
+      uid = rollout.uid
+      since = self._since.pop(uid)
+      self._since_sum -= since
+      self._held -= self._trace.prompts[uid] + rollout.length - k * since
+      drawn = range(self._trace.lengths[uid] - rollout.length)
+      scheduler.record(uid, drawn, drawn, version)
+      scheduler.finish(uid, FinishReason.STOP)
+
+  def _record_all(self, version: int) -> None:
+    """Tells the scheduler of everything drawn so far."""
+    now, k = self.clock.dispatches, self._config.steps_per_dispatch
+    for uid, since in self._since.items():
+      drawn = range(k * (now - since))
+      if drawn:
+        self.scheduler.record(uid, drawn, drawn, version)
+        self._since[uid] = now
+    self._since_sum = now * len(self._since)
