@@ -202,6 +202,7 @@ class RolloutConfig:
   max_tokens: int = 1024  # of the answer
   steps_per_dispatch: int = 8  # decode steps between two looks of the host
   prefill_batch: int = 8  # prompts prefilled by one dispatch
+  page_size: int = 0  # positions of a page of keys and values; 0: each slot's in one piece, which is quicker on a CPU
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0  # 0: off
@@ -224,6 +225,10 @@ class RolloutConfig:
     require(
       self.pool >= self.group_size,
       f"rollout.pool={self.pool}: a group of {self.group_size} rollouts would never fit (rollout.group_size)",
+    )
+    require(
+      self.page_size >= 0 and self.page_size & (self.page_size - 1) == 0,
+      f"rollout.page_size={self.page_size}: a power of two, or 0",
     )
     require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be > 0")
     require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p}: from above 0 to 1")

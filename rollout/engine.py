@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.schema import ModelConfig, RolloutConfig
+from kernels.attention import DenseCache, PagedCache
 from ring_jax import model as ring_model
-from ring_jax.model import CACHE_AXES, KVCache
+from ring_jax.model import KVCache
 from rollout import weights
 from rollout.jetstream_compat import engine_api, tokenizer_pb2
 from rollout.sampling import SamplingParams, sample
@@ -36,7 +37,7 @@ _SMALLEST_BUCKET = 16
 class Prefix(NamedTuple):
   """What a prefill leaves: P prompts, ready to be inserted."""
 
-  kv: KVCache  # [L, P, ..., T]
+  kv: DenseCache  # [L, P, ..., T]
   last_token_P: jax.Array  # int32
   length_P: jax.Array  # int32
 
@@ -44,7 +45,7 @@ class Prefix(NamedTuple):
 class DecodeState(NamedTuple):
   """Everything a decode step reads and writes; one entry a slot."""
 
-  cache: KVCache  # [L, B, ..., S]
+  cache: KVCache  # of all slots
   token_B: jax.Array  # int32: the last token, not yet in the cache
   position_B: jax.Array  # int32: the position it will take
   remaining_B: jax.Array  # int32: how many tokens the slot may still draw; 0: idle
@@ -54,7 +55,12 @@ class DecodeState(NamedTuple):
 
 
 _EACH = ("batch",)
-_STATE_AXES = DecodeState(CACHE_AXES, _EACH, _EACH, _EACH, _EACH, _EACH, SamplingParams(_EACH, _EACH, _EACH, _EACH))
+
+
+def _axes(state: DecodeState) -> DecodeState:
+  """Logical axes: everything is cut by slots."""
+  cache = ring_model.cache_axes(state.cache)
+  return DecodeState(cache, _EACH, _EACH, _EACH, _EACH, _EACH, SamplingParams(_EACH, _EACH, _EACH, _EACH))
 
 
 class Decoded(NamedTuple):
@@ -136,6 +142,7 @@ class RingEngine(engine_api.Engine):
     self._tokenizer_path = tokenizer_path
     # Rounded up, so that caches of nearby settings share a compiled program and a bucket never exceeds the cache.
     self._length = _bucket(config.max_len)
+    self._page_size = min(config.page_size, self._length)
     self.programs = self._programs()
 
   def _programs(self) -> "Programs":
@@ -170,9 +177,10 @@ class RingEngine(engine_api.Engine):
     def each(dtype, value=0):  # a buffer of its own for every field: the state is donated
       return rules.reshard(jnp.full((B,), value, dtype), self._rules, "batch")
 
-    cache = ring_model.init_cache(self.model, B, self._length)
+    cache = ring_model.init_cache(self.model, B, self._length, self._page_size)
+    axes = ring_model.cache_axes(cache)
     return DecodeState(
-      cache=KVCache(*(rules.reshard(part, self._rules, *axes) for part, axes in zip(cache, CACHE_AXES, strict=True))),
+      cache=type(cache)(*(rules.reshard(a, self._rules, *names) for a, names in zip(cache, axes, strict=True))),
       token_B=each(jnp.int32),
       position_B=each(jnp.int32),
       remaining_B=each(jnp.int32),
@@ -288,18 +296,18 @@ class RingEngine(engine_api.Engine):
     return Prefix(out.kv, last_P, lengths_P)
 
   def _insert_fn(self, prefix: Prefix, state: DecodeState, row_I, slot_I, uid_I, limit_I, sampling_I) -> DecodeState:
+    axes = _axes(state)
     whole = (None, None, "kv_heads", None, None)  # a row may go to any device's slots
     insert = rules.manual(
       self._insert_local,
       self._rules,
-      (Prefix(KVCache(whole, whole), (), ()), _STATE_AXES, (), (), (), (), SamplingParams((), (), (), ())),
-      _STATE_AXES,
+      (Prefix(DenseCache(whole, whole), (), ()), axes, (), (), (), (), SamplingParams((), (), (), ())),
+      axes,
     )
     return insert(prefix, state, row_I, slot_I, uid_I, limit_I, sampling_I)
 
   def _insert_local(self, prefix: Prefix, state: DecodeState, row_I, slot_I, uid_I, limit_I, sampling_I) -> DecodeState:
     """One device's slots."""
-    T = prefix.kv.v_LxBxKxSxd.shape[3]
     own = state.token_B.shape[0]
     slot_I = slot_I - rules.axis_index(self._rules.batch) * own
     slot_I = jnp.where((slot_I >= 0) & (slot_I < own), slot_I, own)  # another device's: dropped
@@ -307,12 +315,8 @@ class RingEngine(engine_api.Engine):
     def put(values_B, new_I):
       return values_B.at[slot_I].set(new_I, mode="drop")
 
-    cache = KVCache(
-      state.cache.k_LxBxKxdxS.at[:, slot_I, :, :, :T].set(prefix.kv.k_LxBxKxdxS[:, row_I], mode="drop"),
-      state.cache.v_LxBxKxSxd.at[:, slot_I, :, :T].set(prefix.kv.v_LxBxKxSxd[:, row_I], mode="drop"),
-    )
     return DecodeState(
-      cache=cache,
+      cache=_inserted(state.cache, prefix, row_I, slot_I, own),
       token_B=put(state.token_B, prefix.last_token_P[row_I]),
       position_B=put(state.position_B, prefix.length_P[row_I] - 1),
       remaining_B=put(state.remaining_B, limit_I),
@@ -351,6 +355,27 @@ class RingEngine(engine_api.Engine):
     state, drawn = jax.lax.scan(step, state, length=steps)
     # Whole on every device, so that any process can read it.
     return state, jax.tree.map(lambda x_NxB: rules.reshard(x_NxB, self._rules, None, None), drawn)
+
+
+def _inserted(cache: KVCache, prefix: Prefix, row_I: jax.Array, slot_I: jax.Array, slots: int) -> KVCache:
+  """Rows of a prefix in slots; a slot beyond the last is dropped."""
+  kv = prefix.kv
+  if isinstance(cache, DenseCache):
+    T = kv.v_LxBxKxSxd.shape[3]
+    return DenseCache(
+      cache.k_LxBxKxdxS.at[:, slot_I, :, :, :T].set(kv.k_LxBxKxdxS[:, row_I], mode="drop"),
+      cache.v_LxBxKxSxd.at[:, slot_I, :, :T].set(kv.v_LxBxKxSxd[:, row_I], mode="drop"),
+    )
+  table_BxW = ring_model.page_table(cache, slots)
+
+  def one(cache: PagedCache, column) -> tuple[PagedCache, None]:  # one after the other: no copy of all rows at once
+    row, slot = column
+    k_LxTxKxd = jax.lax.dynamic_index_in_dim(kv.k_LxBxKxdxS, row, axis=1, keepdims=False).transpose(0, 3, 1, 2)
+    v_LxTxKxd = jax.lax.dynamic_index_in_dim(kv.v_LxBxKxSxd, row, axis=1, keepdims=False).transpose(0, 2, 1, 3)
+    length = jnp.where(slot < slots, prefix.length_P[row], 0)
+    return cache.insert(k_LxTxKxd, v_LxTxKxd, table_BxW[jnp.minimum(slot, slots - 1)], length), None
+
+  return jax.lax.scan(one, cache, (row_I, slot_I))[0]
 
 
 def _bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:

@@ -19,6 +19,7 @@ FLOORS = {
   "parity": 4,
   "parity.run": 5,  # a command
   "ring_jax.train": 4,
+  "ring_jax.compiled": 4,
   "ring_jax.launch": 5,
 }
 CONTROL = (

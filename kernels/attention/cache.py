@@ -20,6 +20,18 @@ class DenseCache(NamedTuple):
   k_LxBxKxdxS: jax.Array
   v_LxBxKxSxd: jax.Array
 
+  def write(
+    self, layer: jax.Array | int, k_BxKxd: jax.Array, v_BxKxd: jax.Array, positions_B: jax.Array, active_B: jax.Array
+  ) -> "DenseCache":
+    """One token a slot, at `positions_B`; a slot that is not active writes nothing."""
+    rows = jnp.arange(len(positions_B))
+    # Beyond the last position a scatter drops what it is given.
+    at_B = jnp.where(active_B, positions_B, self.k_LxBxKxdxS.shape[-1])
+    return DenseCache(
+      self.k_LxBxKxdxS.at[layer, rows, :, :, at_B].set(k_BxKxd, mode="drop"),
+      self.v_LxBxKxSxd.at[layer, rows, :, at_B].set(v_BxKxd, mode="drop"),
+    )
+
 
 class PagedCache(NamedTuple):
   """The key of head h is at 2h of C, its value at 2h + 1: the order that ragged paged attention reads.

@@ -10,22 +10,23 @@ from ring_jax.model.api import (
   num_params,
   param_shardings,
 )
-from ring_jax.model.attention import CACHE_AXES, KVCache, init_cache
+from ring_jax.model.attention import KVCache, cache_axes, init_cache, page_table
 from ring_jax.model.router import updated_bias
 from ring_jax.model.transformer import ForwardOutput
 
 __all__ = [
-  "CACHE_AXES",
   "ForwardOutput",
   "KVCache",
   "Params",
   "abstract_params",
+  "cache_axes",
   "decode_step",
   "forward",
   "init_cache",
   "init_params",
   "is_router_bias",
   "num_params",
+  "page_table",
   "param_shardings",
   "updated_bias",
 ]

@@ -10,37 +10,38 @@ Dimension key: B rows or slots, T positions, S cache length, L layers, D hidden,
 G = H / K query heads a kv head, d head dim.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from configs.schema import ModelConfig
-from kernels.attention import packed_attention
+from kernels.attention import DenseCache, PagedCache, decode_attention, packed_attention
 from ring_jax.model.layers import RMSNorm, normal, rotate, weight
 from sharding import rules
 
+KVCache = DenseCache | PagedCache
 
-class KVCache(NamedTuple):
-  """Keys and values of all layers.
-
-  Keys lie with the position last, which makes the decode step's q.k a plain matrix product (cpu_speed.md section 4).
-  """
-
-  k_LxBxKxdxS: jax.Array
-  v_LxBxKxSxd: jax.Array
+_DENSE_AXES = (None, "batch", "kv_heads", None, None)
+_PAGED_AXES = (None, "batch", None, "kv_heads", None)  # keys and values interleaved by head: cut, heads stay whole
 
 
-CACHE_AXES = KVCache((None, "batch", "kv_heads", None, None), (None, "batch", "kv_heads", None, None))
+def cache_axes(cache: KVCache) -> KVCache:
+  """The logical axes of a cache's arrays; a slot's pages lie with its slot."""
+  return DenseCache(_DENSE_AXES, _DENSE_AXES) if isinstance(cache, DenseCache) else PagedCache(_PAGED_AXES)
 
 
-def init_cache(config: ModelConfig, slots: int, length: int) -> KVCache:
-  """An empty cache in the model's dtype."""
-  lead = (config.num_hidden_layers, slots, config.num_key_value_heads)
-  return KVCache(
-    jnp.zeros((*lead, config.head_dim, length), config.dtype), jnp.zeros((*lead, length, config.head_dim), config.dtype)
-  )
+def init_cache(config: ModelConfig, slots: int, length: int, page_size: int = 0) -> KVCache:
+  """An empty cache in the model's dtype; with a page size, in pages, each slot's in a row."""
+  layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+  if page_size:
+    return PagedCache.empty(layers, slots * (length // page_size), page_size, heads, dim, config.dtype)
+  lead = (layers, slots, heads)
+  return DenseCache(jnp.zeros((*lead, dim, length), config.dtype), jnp.zeros((*lead, length, dim), config.dtype))
+
+
+def page_table(cache: PagedCache, slots: int) -> jax.Array:
+  """int32 [B, W]: slot b has pages b W to (b + 1) W."""
+  return jnp.arange(cache.pages_LxPxNxCxd.shape[1], dtype=jnp.int32).reshape(slots, -1)
 
 
 class Attention(nnx.Module):
@@ -83,12 +84,12 @@ class Attention(nnx.Module):
 
   def decode(self, x_Bx1xD: jax.Array, rotary, positions_B: jax.Array, active_B: jax.Array, cache: KVCache, layer):
     """One token a slot at `positions_B`; returns (output [B, 1, D], cache with the active slots' keys and values)."""
-    slots, heads = ("batch",), ("batch", None, "kv_heads", None)
+    slots, heads, kept = ("batch",), ("batch", None, "kv_heads", None), cache_axes(cache)
     step = rules.manual(
       _attend_slots,
       self.config.parallel.rules,
-      (("batch", None, "heads", None), heads, heads, slots, slots, CACHE_AXES, ()),
-      (("batch", None, "heads", None), CACHE_AXES),
+      (("batch", None, "heads", None), heads, heads, slots, slots, kept, ()),
+      (("batch", None, "heads", None), kept),
     )
     out_Bx1xHxd, cache = step(*self._project(x_Bx1xD, rotary), positions_B, active_B, cache, layer)
     return self._out(out_Bx1xHxd), cache
@@ -96,27 +97,12 @@ class Attention(nnx.Module):
 
 def _attend_slots(q_Bx1xHxd, k_Bx1xKxd, v_Bx1xKxd, positions_B, active_B, cache: KVCache, layer):
   """Writes one layer's keys and values of the new tokens and attends to each slot's past."""
-  B, _, K, d = k_Bx1xKxd.shape
-  # A silent slot writes beyond the cache, which the scatter drops: what it holds stays as it was.
-  rows, at_B = jnp.arange(B), jnp.where(active_B, positions_B, cache.k_LxBxKxdxS.shape[-1])
-  cache = KVCache(
-    cache.k_LxBxKxdxS.at[layer, rows, :, :, at_B].set(k_Bx1xKxd[:, 0], mode="drop"),
-    cache.v_LxBxKxSxd.at[layer, rows, :, at_B].set(v_Bx1xKxd[:, 0], mode="drop"),
-  )
-  k_BxKxdxS = jax.lax.dynamic_index_in_dim(cache.k_LxBxKxdxS, layer, keepdims=False)
-  v_BxKxSxd = jax.lax.dynamic_index_in_dim(cache.v_LxBxKxSxd, layer, keepdims=False)
-  past_Bx1xS = jnp.arange(k_BxKxdxS.shape[-1]) <= positions_B[:, None, None]
-  out_BxKxGxd = _attend(q_Bx1xHxd.reshape(B, K, -1, d), k_BxKxdxS, v_BxKxSxd, past_Bx1xS)
-  return out_BxKxGxd.reshape(B, 1, -1, d), cache
-
-
-def _attend(q_BxKxGTxd: jax.Array, k_BxKxdxS: jax.Array, v_BxKxSxd: jax.Array, mask_BxTxS: jax.Array) -> jax.Array:
-  """softmax(q k / sqrt(d)) v, the softmax in float32; a row that may attend to nothing gives finite values."""
-  B, K, GT, d = q_BxKxGTxd.shape
-  T, S = mask_BxTxS.shape[1:]
-  wide = jnp.promote_types(q_BxKxGTxd.dtype, jnp.float32)
-  scores = jnp.einsum("bkqd,bkds->bkqs", q_BxKxGTxd, k_BxKxdxS, preferred_element_type=wide) * d**-0.5
-  scores_BxKxGxTxS = scores.reshape(B, K, GT // T, T, S)
-  masked = jnp.where(mask_BxTxS[:, None, None], scores_BxKxGxTxS, jnp.finfo(wide).min)
-  probs_BxKxGTxS = jax.nn.softmax(masked, axis=-1).reshape(B, K, GT, S).astype(v_BxKxSxd.dtype)
-  return jnp.einsum("bkqs,bksd->bkqd", probs_BxKxGTxS, v_BxKxSxd)
+  new = layer, k_Bx1xKxd[:, 0], v_Bx1xKxd[:, 0]
+  if isinstance(cache, PagedCache):
+    table_BxW = page_table(cache, len(positions_B))
+    cache = cache.write(*new, table_BxW, positions_B, active_B)
+  else:
+    table_BxW, cache = None, cache.write(*new, positions_B, active_B)
+  lengths_B = jnp.where(active_B, positions_B + 1, 0)
+  out_BxHxd = decode_attention(q_Bx1xHxd[:, 0], cache, lengths_B, layer=layer, page_table_BxW=table_BxW)
+  return out_BxHxd[:, None], cache

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs.schema import ModelConfig, Remat
+from kernels.attention import DenseCache
 from ring_jax.model.attention import Attention, KVCache
 from ring_jax.model.layers import MLP, RMSNorm, normal, rotary_tables, weight
 from ring_jax.model.moe import MoE
@@ -31,7 +32,7 @@ class ForwardOutput(NamedTuple):
   hidden_BxTxD: jax.Array  # after the final norm
   mtp_hidden_BxTxD: jax.Array | None  # after the MTP layer's final norm; the lm_head applies to it too
   expert_counts_LxE: jax.Array  # int32: tokens each expert of each MoE layer got (the MTP layer not included)
-  kv: KVCache | None  # keys and values of the tokens given, where asked for; S = T
+  kv: DenseCache | None  # keys and values of the tokens given, where asked for; S = T
 
 
 class Block(nnx.Module):
@@ -155,13 +156,13 @@ class RingModel(nnx.Module):
       if counts_LxE is not None:
         counts.append(counts_LxE)
       if return_kv:
-        caches.append(KVCache(*kv))
+        caches.append(DenseCache(*kv))
     hidden_BxTxD = self.final_norm(x_BxTxD)
     mtp_hidden = None
     if mtp and self.config.num_nextn_predict_layers:
       following_BxT = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))  # the last position is filled with id 0
       mtp_hidden = self.mtp(self.embed(following_BxT), hidden_BxTxD, rotary, segment_ids_BxT)
-    kv = KVCache(*(jnp.concatenate(part) for part in zip(*caches, strict=True))) if return_kv else None
+    kv = DenseCache(*(jnp.concatenate(part) for part in zip(*caches, strict=True))) if return_kv else None
     return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv)
 
   def decode(self, tokens_B, positions_B, active_B, cache: KVCache) -> tuple[jax.Array, KVCache]:
