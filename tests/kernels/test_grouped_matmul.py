@@ -188,6 +188,13 @@ def test_the_default_runs_blocked_on_a_cpu():
     np.testing.assert_array_equal(a, b)
 
 
+def test_lowers_for_cuda():
+  shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype) for x in arrays(700, [301, 0, 399])]
+  program = functools.partial(value_and_gradients.__wrapped__, implementation=None)
+  text = jax.export.export(jax.jit(program), platforms=["cuda"])(*shapes).mlir_module()
+  assert "dot_general" in text and "tpu_custom_call" not in text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # megablox: the work it does, and the programs that the TPU compiler makes of it
 
