@@ -18,7 +18,6 @@ from absl import flags
 
 from configs.schema import BudgetCounts, ConfigError, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
 from ring_jax.launch import app
-from ring_jax.train.report import metrics
 from ring_jax.train.workdir import write_atomic
 from rollout.simulator import calibration, report
 from rollout.simulator.batches import OnAbort, oversampled, synchronous
@@ -210,6 +209,8 @@ def calibrate() -> None:
   useless = [f"--{name}" for name in ("trace", "generator", "plot", "series", "compare") if FLAGS[name].present]
   if useless:
     raise ConfigError(f"{', '.join(useless)}: contradicts --calibrate, which simulates the run's own answers")
+  from ring_jax.train.report import metrics  # TensorBoard takes a second to import
+
   workdir = pathlib.Path(FLAGS.calibrate)
   run = calibration.read_run(workdir, metrics.read(workdir / "metrics.jsonl"), metrics.read(workdir / "timings.jsonl"))
   found = calibration.fit(run, make_costs() if FLAGS.costs else None)

@@ -67,7 +67,7 @@ class C3POSimulation:
   def run(self) -> Outcome:
     outcome = self._recorder.outcome
     scheduler = self.scheduler
-    while not (scheduler.closed and scheduler.in_flight == 0):
+    while self._cursor < self._trace.groups or scheduler.in_flight:
       result = self.iterate()
       if scheduler.closed and outcome.fed is None:
         outcome.fed = result.iteration
@@ -93,7 +93,8 @@ class C3POSimulation:
         self._prefill(placed)
         for slot, rollout in placed:
           self._start(slot, rollout)
-      self._advance(version)
+      if self._ends:  # nothing is in a slot where the prompts have just run out
+        self._advance(version)
     self._record_all(version)
     return scheduler.end_iteration(version)
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from configs import loading
 from configs.schema import ConfigError, RolloutConfig
+from ring_jax.records import FinishReason
 from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import Costs, costs_dict
 from rollout.simulator.lengths import Trace
@@ -139,12 +140,13 @@ def read_run(workdir: pathlib.Path, metrics: Sequence[Mapping], timings: Sequenc
 
 
 def _read_trace(folder: pathlib.Path, config: RolloutConfig, groups: int) -> Trace:
-  """Answers by uid.  One that never was trained on has the length limit: it was cut off, or had not ended, before that."""
+  """Answers by uid.  One that was purged or never trained on has the length limit: it was cut off before it ended."""
   known: dict[int, tuple[int, int]] = {}
   for path in sorted(folder.glob("step_*.jsonl")):
     for line in path.read_text().splitlines():
       record = json.loads(line)
-      known[record["uid"]] = (len(record["prompt_tokens"]), len(record["tokens"]))
+      whole = record["finish_reason"] != FinishReason.PURGED
+      known[record["uid"]] = (len(record["prompt_tokens"]), len(record["tokens"]) if whole else config.max_tokens)
   if not known:
     raise ConfigError(f"--calibrate={folder.parent}: rollouts/ holds no answers")
   usual = round(statistics.mean(prompt for prompt, _ in known.values()))
