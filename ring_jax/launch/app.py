@@ -29,7 +29,7 @@ from absl import app, flags, logging
 from configs import loading
 from configs.schema import ConfigError, RunConfig
 from configs.status import ExitStatus
-from ring_jax.launch import startup
+from ring_jax.train import startup
 from sharding import cluster, processes
 
 _PACKAGES = ("configs", "kernels", "sharding", "ring_jax", "rollout", "parity")
