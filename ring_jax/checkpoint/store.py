@@ -15,6 +15,10 @@ every array's fingerprint is stored and compared: the sum of its bits modulo 2^3
 costs a millisecond.  A damaged checkpoint is set aside once an older one could be read, so that the run can save that
 step again.
 
+Several processes save and restore together, into one folder that all of them see; each writes and reads what its own
+devices hold.  What lies in the folder is decided by the first of them, and a step that one of them cannot read is
+damaged for all.
+
 One OCDBT database an item: about 200 leaves in 20 files.  With a file a leaf a save takes a third longer and leaves
 several hundred files.
 """
@@ -36,6 +40,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from ring_jax.checkpoint.errors import CheckpointError
+from sharding import processes
 
 PyTree = Any
 Trees = Callable[[dict[str, Any]], Mapping[str, PyTree]]  # from a step's JSON to the abstract trees to read
@@ -65,7 +70,7 @@ class Restored:
 
 
 class RunStore:
-  """The checkpoints of one run.  One process (of each host) may have it open at a time."""
+  """The checkpoints of one run.  One job, of one or several processes, may have it open at a time."""
 
   def __init__(self, directory: str | pathlib.Path, keep: int):
     """Opens or makes the folder and clears what a killed process left.
@@ -105,7 +110,7 @@ class RunStore:
       CheckpointError: this save or the one before it failed (a full disk); earlier checkpoints are as they were.
     """
     self.wait()
-    if step in steps(self._directory):
+    if processes.group().from_first("steps", lambda: step in steps(self._directory)):
       raise CheckpointError(f"{self._directory / str(step)}: exists; a step is saved once")
     trees = {"params": params, "optimizer": optimizer_state} | ({} if extra is None else {"extra": extra})
     self._check_space(step, trees)
@@ -130,14 +135,14 @@ class RunStore:
       self._saver.wait_until_finished()
     except Exception as error:
       raise self._failed(error) from error
-    if jax.process_index() == 0:
+    if processes.group().is_first:
       for step in steps(self._directory)[: -self._keep]:
         doomed = self._directory / f"{step}.orbax-checkpoint-tmp-old"  # never a half-deleted checkpoint
         shutil.rmtree((self._directory / str(step)).rename(doomed))
 
   def latest_step(self) -> int | None:
     """The newest step that is completely saved."""
-    return max(steps(self._directory), default=None)
+    return processes.group().from_first("latest step", lambda: max(steps(self._directory), default=None))
 
   def restore(
     self, params: PyTree, optimizer_state: PyTree, extra: PyTree | None = None, step: int | None = None
@@ -155,7 +160,7 @@ class RunStore:
     self.wait()
     trees = {"params": params, "optimizer": optimizer_state} | ({} if extra is None else {"extra": extra})
     data, damaged = read_newest(self._directory, lambda _: trees, step)
-    for number in damaged if jax.process_index() == 0 else []:
+    for number in damaged if processes.group().is_first else []:
       aside = self._directory / f"{number}.damaged"
       shutil.rmtree(aside, ignore_errors=True)
       (self._directory / str(number)).rename(aside)
@@ -171,14 +176,14 @@ class RunStore:
       self._saver.close()
 
   def _remove_temporary(self) -> None:
-    for path in self._directory.iterdir():
-      if jax.process_index() == 0 and _TEMPORARY.fullmatch(path.name):
+    for path in self._directory.iterdir() if processes.group().is_first else []:
+      if _TEMPORARY.fullmatch(path.name):
         shutil.rmtree(path, ignore_errors=True)
 
   def _check_space(self, step: int, trees: PyTree) -> None:
     """A full disk is better noticed before anything is written."""
-    needed = _SPARE_BYTES + sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) // jax.process_count()
-    free = shutil.disk_usage(self._directory).free
+    needed = _SPARE_BYTES + sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+    free = processes.group().from_first("disk", lambda: shutil.disk_usage(self._directory).free)
     if needed > free:
       raise CheckpointError(
         f"{self._directory / str(step)}: checkpoint of {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free"
@@ -208,7 +213,7 @@ def read_newest(
   Returns: the data, and the damaged steps that were passed over.
   """
   directory = pathlib.Path(directory)
-  saved = steps(directory) if directory.is_dir() else []
+  saved = processes.group().from_first("steps", lambda: steps(directory) if directory.is_dir() else [])
   if step is not None and step not in saved:
     held = ", ".join(map(str, saved)) or "none"
     raise CheckpointError(f"{directory}: has no checkpoint of step {step} (there: {held})")
@@ -233,7 +238,23 @@ def read(folder: str | pathlib.Path, trees: Trees) -> dict[str, Any]:
   """
   folder = pathlib.Path(folder).absolute()
   _tell_errors_once()
-  with ocp.Checkpointer(_handler()) as reader:
+  try:
+    run, restored, failed = *_read_own(folder, trees), None
+  except _Damaged as error:
+    run, restored, failed = None, {}, str(error)
+  reasons = [reason for reason in processes.group().gather(f"read {folder.name}", failed) if reason is not None]
+  if reasons:
+    raise _Damaged(reasons[0])
+  for name, tree in restored.items():
+    _check_fingerprints(folder / name, tree, run["fingerprints"][name])
+  return {_RUN: run, **restored}
+
+
+def _read_own(folder: pathlib.Path, trees: Trees) -> tuple[dict[str, Any], dict[str, PyTree]]:
+  """The JSON, and this process' parts of the arrays; waits for no other process, as that one may have failed."""
+  index = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+  with ocp.Checkpointer(_handler(), multiprocessing_options=alone) as reader:
     try:
       saved = reader.metadata(folder).item_metadata
       run = reader.restore(folder, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()}))[_RUN]
@@ -250,9 +271,7 @@ def read(folder: str | pathlib.Path, trees: Trees) -> dict[str, Any]:
       restored = reader.restore(folder, args=ocp.args.Composite(**items)) if items else {}
     except Exception as error:
       raise _Damaged(f"{folder}: is damaged: {_brief(error)}") from error
-  for name in items:
-    _check_fingerprints(folder / name, restored[name], run["fingerprints"][name])
-  return {_RUN: run, **{name: restored[name] for name in items}}
+  return run, {name: restored[name] for name in items}
 
 
 def _handler() -> ocp.CompositeCheckpointHandler:
@@ -307,9 +326,12 @@ def _fingerprint(leaf: jax.Array) -> jax.Array:
 
 
 def _fingerprints(tree: PyTree) -> dict[str, int]:
-  """By leaf.  Leaves are taken one by one because those of one tree may lie on different devices."""
-  sums = {name: _fingerprint(leaf) for name, leaf in _named_leaves(tree)}
-  return {name: int(value) for name, value in jax.device_get(sums).items()}
+  """By leaf.  Leaves are taken one by one because those of one tree may lie on different devices.
+
+  One is waited for before the next begins: several programs under way that each sum over all devices can starve each
+  other of threads on the CPU backend, and hang.
+  """
+  return {name: int(processes.fetch(_fingerprint(leaf))) for name, leaf in _named_leaves(tree)}
 
 
 def _check_fingerprints(folder: pathlib.Path, tree: PyTree, saved: Mapping[str, int]) -> None:

@@ -10,6 +10,7 @@ from ring_jax.checkpoint.resolve import open_checkpoint
 from ring_jax.data.tasks import TaskSet, token_limits
 from ring_jax.data.tokenizer import Tokenizer
 from ring_jax.model import Params, init_params, param_shardings
+from sharding import processes
 
 # Fields of the model config that say how it is computed, not what: a checkpoint may differ in them.
 _COMPUTED_HOW = ("dtype", "param_dtype", "remat", "initializer_range", "max_position_embeddings", "parallel")
@@ -28,8 +29,12 @@ def prepare_tokenizer(config: TokenizerConfig, init: str, tasks: TaskSet, built:
   if beside is not None and beside.is_file():
     return Tokenizer.load(beside)
   require(not init, f"tokenizer.path: {init} brings no tokenizer.json, so this must name one")
-  if not built.exists():
-    Tokenizer.build(tasks.corpus(), config.merges).save(built)
+
+  def build() -> None:
+    if not built.exists():
+      Tokenizer.build(tasks.corpus(), config.merges).save(built)
+
+  processes.group().from_first("tokenizer", build)
   return Tokenizer.load(built)
 
 

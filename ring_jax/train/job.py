@@ -17,6 +17,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from configs.schema import RunConfig, to_dict
+from configs.status import ExitStatus
 from ring_jax.checkpoint.store import RunStore
 from ring_jax.model import abstract_params
 from ring_jax.records import Rollout
@@ -24,21 +25,28 @@ from ring_jax.rewards.pool import ScoringPool
 from ring_jax.train.assets import check_vocabulary, initial_params, prepare_tasks
 from ring_jax.train.evaluation import Evaluator
 from ring_jax.train.optimizer import make_optimizer
+from ring_jax.train.preflight import check_disk, prepare_devices
 from ring_jax.train.programs import Programs
 from ring_jax.train.rl import RLPhase
-from ring_jax.train.run_report import RunReport
+from ring_jax.train.run_report import RunReport, SilentReport
 from ring_jax.train.scoring import Scorer
 from ring_jax.train.sft import SFTPhase
 from ring_jax.train.stream import ProblemStream
+from ring_jax.train.watchdog import DEFAULT_SECONDS, Watchdog
 from ring_jax.train.workdir import Workdir
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.scheduler import C3POScheduler
+from sharding import processes
 from sharding.mesh import make_mesh
 
 
 class Stopped(Exception):
-  """The user asked the run to stop; it is saved, and the same command goes on with it."""
+  """The run was asked to stop; it is saved, and the same command goes on with it."""
+
+  def __init__(self, status: ExitStatus):
+    super().__init__(status.name)
+    self.status = status
 
 
 @dataclasses.dataclass
@@ -54,21 +62,27 @@ class Progress:
   evaluations: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by name: start, sft, rl
 
 
-def run_job(config: RunConfig, path: str, until: Literal["sft", "rl"] = "rl") -> Progress:
-  """Runs the job in a workdir, from wherever it stands.
+def run_job(
+  config: RunConfig, path: str, until: Literal["sft", "rl"] = "rl", watchdog: float = DEFAULT_SECONDS
+) -> Progress:
+  """Runs the job in a workdir, from wherever it stands; in several processes, each of them calls this.
 
   Args:
-    path: of the workdir.
+    path: of the workdir, which all processes share.
     until: the last phase to run.
+    watchdog: seconds without progress after which the process ends; 0: never.
 
   Raises:
-    Stopped: the user asked for it.
-    ConfigError: the config and the workdir, the checkpoint or the tokenizer do not fit together.
+    Stopped: it was asked to, by Ctrl-C or SIGTERM.
+    ConfigError: the config and the devices, the workdir, the checkpoint or the tokenizer do not fit together.
   """
-  with Workdir(path) as workdir, ScoringPool(config.task, thinking=config.tokenizer.thinking) as pool:
-    workdir.lock()
-    workdir.store_config(config)
-    report = RunReport(config, workdir)
+  prepare_devices(config)
+  first = processes.group().is_first
+  # Answers are scored in one place, as their scores depend on how busy a machine is.
+  scoring = ScoringPool(config.task, thinking=config.tokenizer.thinking) if first else contextlib.nullcontext()
+  with Workdir(path) as workdir, scoring as pool, Watchdog(watchdog, workdir.path) as dog:
+    processes.group().from_first("workdir", lambda: workdir.lock().store_config(config))
+    report = RunReport(config, workdir, dog) if first else SilentReport(config, workdir, dog)
     with contextlib.closing(report):
       return Job(config, workdir, pool, report).run(until)
 
@@ -83,7 +97,7 @@ def meshes(config: RunConfig) -> tuple[Mesh | None, Mesh | None]:
 
 
 class Job:
-  def __init__(self, config: RunConfig, workdir: Workdir, pool: ScoringPool, report: RunReport):
+  def __init__(self, config: RunConfig, workdir: Workdir, pool: ScoringPool | None, report: RunReport):
     self._config, self._report = config, report
     self._tokenizer, tasks = prepare_tasks(
       config.task, config.tokenizer, config.rollout, config.seed, config.init, workdir.tokenizer
@@ -106,10 +120,13 @@ class Job:
     self._driver = RolloutDriver(engine, self._scheduler)
     self._streams = {phase: ProblemStream(tasks, self._tokenizer) for phase in ("sft", "rl")}
     self._sft = SFTPhase(config, programs, self._streams["sft"])
-    self._rl = RLPhase(config, programs, engine, self._driver, self._scorer, self._streams["rl"], report.trace)
+    self._rl = RLPhase(config, programs, engine, self._driver, self._scorer, self._streams["rl"], report.span)
     self._evaluators: dict[int, Evaluator] = {}
     self._store = RunStore(workdir.checkpoints, keep=config.checkpoint.keep)
-    self._stopping = False
+    abstract = abstract_params(config.model, self._mesh)
+    self._abstract = (abstract, programs.abstract_optimizer(abstract, "sft"), self._driver.abstract_device_state())
+    check_disk(workdir.checkpoints, config.checkpoint.keep, self._abstract)
+    self._asked = ExitStatus.DONE  # by a signal to this process, to stop
 
   # ---- the run
 
@@ -134,7 +151,7 @@ class Job:
     reached = False
     while progress.phase_step < config.steps and not reached:
       started = time.perf_counter()
-      with self._report.trace.span("train", step=progress.step):
+      with self._report.span("train", step=progress.step):
         self.params, self.opt_state, metrics, positions = self._sft.step(self.params, self.opt_state)
       seconds = time.perf_counter() - started
       self._advance()
@@ -188,14 +205,14 @@ class Job:
     return self._evaluators[samples]
 
   def _probe(self, problems: int, samples: int) -> float:
-    with self._report.trace.span("eval", step=self.progress.step):
+    with self._report.span("eval", step=self.progress.step):
       return self._evaluator(samples)(self.params, self._held_out[:problems]).accuracy
 
   def _evaluate(self, name: str) -> None:
     """The full measurement, kept in the checkpoint and shown in the summary."""
     config, progress = self._config.eval, self.progress
     self._report.phase("evaluation", config.problems * config.samples, 0)
-    with self._report.trace.span("eval", step=progress.step):
+    with self._report.span("eval", step=progress.step):
       problems = self._held_out[: config.problems]
       result = self._evaluator(config.samples)(self.params, problems, self._report.evaluating)
     progress.evaluations[name] = result.metrics() | {"step": progress.step, "examples": result.examples}
@@ -204,34 +221,39 @@ class Job:
   # ---- saving and restoring
 
   def _checkpoint_if_due(self) -> None:
-    if self._stopping or self.progress.step % self._config.checkpoint.every == 0:
+    if self._stop() or self.progress.step % self._config.checkpoint.every == 0:
       self._save()
+
+  def _stop(self) -> ExitStatus:
+    """Why the run is to stop, on any process that was asked; the same answer on all of them."""
+    asked = processes.group().gather(f"stop after step {self.progress.step}?", int(self._asked))
+    return ExitStatus(max(asked))
 
   def _save(self) -> None:
     """Saves; also the place where a run that was asked to stop does so."""
     progress = self.progress
     progress.sft_cursor, progress.rl_cursor = self._streams["sft"].cursor, self._streams["rl"].cursor
     progress.scheduler = self._scheduler.state_dict()
-    with self._report.trace.span("checkpoint", step=progress.step):
+    with self._report.span("checkpoint", step=progress.step):
       self._report.flush()  # what the checkpoint counts as written is on the disk
       self._store.save(
         progress.step, self.params, self.opt_state, host=dataclasses.asdict(progress), config=to_dict(self._config),
         extra=self._driver.device_state,
       )  # fmt: skip
-    if self._stopping and progress.phase != "done":
+    status = self._stop()
+    if status and progress.phase != "done":
       self._store.wait()
-      self._report.console.note(f"stopped after step {progress.step}; the same command goes on from there")
-      raise Stopped
+      self._report.note(f"stopped after step {progress.step}; the same command goes on from there")
+      raise Stopped(status)
 
   def _restore(self) -> None:
     """The newest good checkpoint, or a fresh start; the logs are cut back to it."""
     config = self._config
     resumed = self._store.latest_step() is not None
+    self._report.alive("restore")
+    params, opt_state, extra = self._abstract
     if resumed:
-      abstract = abstract_params(config.model, self._mesh)
-      found = self._store.restore(
-        abstract, self._programs.abstract_optimizer(abstract, "sft"), extra=self._driver.abstract_device_state()
-      )
+      found = self._store.restore(params, opt_state, extra=extra)
       self.progress = Progress(**found.host)
       self.params, self.opt_state = found.params, found.optimizer_state
       self._scheduler.load_state_dict(self.progress.scheduler)
@@ -247,13 +269,17 @@ class Job:
 
   @contextlib.contextmanager
   def _interrupts(self) -> Iterator[None]:
-    """The first Ctrl-C (or SIGTERM) lets the step finish and saves; a second Ctrl-C stops at once."""
+    """The first Ctrl-C or SIGTERM lets the step finish and saves; a second Ctrl-C stops at once.
+
+    A machine that is taken away sends SIGTERM, perhaps more than once; all that helps then is to go on saving.
+    """
 
     def stop(number, frame):
-      if self._stopping:
+      if self._asked and number == signal.SIGINT:
         raise KeyboardInterrupt
-      self._stopping = True
-      self._report.console.note("stopping after this step; the same command resumes (Ctrl-C again: stop now)")
+      if not self._asked:
+        self._asked = ExitStatus.INTERRUPTED if number == signal.SIGINT else ExitStatus.PREEMPTED
+        self._report.note("stopping after this step; the same command resumes (Ctrl-C again: stop now)")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -8,6 +8,7 @@ log-probs at theta_old                    (skipped for a single minibatch: there
 for each minibatch: IcePop gradient, AdamW -> version v + 1
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -23,12 +24,13 @@ from ring_jax.rl.advantages import group_advantages, has_signal
 from ring_jax.rl.metrics import step_metrics
 from ring_jax.train.batches import Minibatch, model_tokens, rl_fields, rl_minibatches
 from ring_jax.train.programs import Programs
-from ring_jax.train.report.trace import Trace
+from ring_jax.train.report.trace import Span
 from ring_jax.train.scoring import Scorer
 from ring_jax.train.stream import ProblemStream
 from rollout.driver import Clock, RolloutDriver
 from rollout.engine import RingEngine
 from rollout.scheduler import IterationResult
+from sharding.processes import fetch
 
 _TOKEN_FIELDS = ("logp", "logp_old", "logp_infer", "advantages", "entropy")  # of `step_metrics`
 
@@ -54,23 +56,23 @@ class RLPhase:
     driver: RolloutDriver,
     scorer: Scorer,
     stream: ProblemStream,
-    trace: Trace,
+    span: Callable[..., contextlib.AbstractContextManager[Span]],
   ):
     self._config, self._programs, self._engine, self._driver = config, programs, engine, driver
-    self._scorer, self._stream, self._trace = scorer, stream, trace
+    self._scorer, self._stream, self._span = scorer, stream, span
 
   def step(
     self, params: Params, opt_state: Any, version: int, on_progress: Callable[[Clock], None]
   ) -> tuple[Params, Any, RLStep]:
     """Trains from weights `version` to `version + 1`; donates `params` and `opt_state`."""
-    trace, seconds = self._trace, {}
-    with trace.span("sync", step=version) as span:
+    in_phase, seconds = self._span, {}
+    with in_phase("sync", step=version) as span:
       stored = jax.block_until_ready(self._engine.load_params(params))
     seconds["sync"] = span.seconds
-    with trace.span("rollout", step=version) as span:
+    with in_phase("rollout", step=version) as span:
       result, clock = self._driver.iterate(stored, version, self._stream.take, on_progress)
     seconds |= {"rollout": span.seconds, "prefill": clock.prefill, "decode": clock.decode}
-    with trace.span("score", step=version) as span:
+    with in_phase("score", step=version) as span:
       kinds = self._scorer.score(result.rollouts, lambda rollout: self._stream.problem(rollout.problem))
     seconds["score"] = span.seconds
 
@@ -82,10 +84,10 @@ class RLPhase:
       [rollout for rollout, useful in zip(rollouts, signal, strict=True) if useful],
       advantages[signal], self._config.rl, self._config.packing, (self._config.seed, version),
     )  # fmt: skip
-    with trace.span("logp", step=version) as span:
+    with in_phase("logp", step=version) as span:
       scored = [self._score(params, minibatch, len(minibatches) == 1) for minibatch in minibatches]
     seconds["logp"] = span.seconds
-    with trace.span("train", step=version) as span:
+    with in_phase("train", step=version) as span:
       params, opt_state, trained = self._train(params, opt_state, minibatches, scored)
     seconds["train"] = span.seconds
     metrics = self._metrics(result, signal, version) | trained
@@ -97,7 +99,7 @@ class RLPhase:
     """Log-probs [R, T] at theta_old of each microbatch; None where the gradient pass will give them itself."""
     if alone and self._config.rl.objective.denominator is Denominator.ALL:
       return None
-    return [jax.device_get(self._programs.logprobs(params, model_tokens(batch))) for batch in minibatch.microbatches]
+    return [fetch(self._programs.logprobs(params, model_tokens(batch))) for batch in minibatch.microbatches]
 
   def _train(self, params, opt_state, minibatches, scored):
     """One optimizer step a minibatch; returns new params, optimizer state, and metrics."""
@@ -108,7 +110,7 @@ class RLPhase:
       sums = None
       for batch, fields in zip(minibatch.microbatches, rl_fields(minibatch, logp_old, objective), strict=True):
         sums, out = programs.rl_gradients(params, sums, model_tokens(batch), fields, logp_old is None)
-        logp_RxT, entropy_RxT = jax.device_get(out)
+        logp_RxT, entropy_RxT = fetch(out)
         inside = fields.mask_RxT > 0
         old_RxT = logp_RxT if logp_old is None else fields.logp_old_RxT
         values = (logp_RxT, old_RxT, fields.logp_infer_RxT, fields.advantages_RxT, entropy_RxT)

@@ -1,5 +1,11 @@
-"""Everything that a run tells: console, metrics.jsonl, TensorBoard, trace, samples, and the summary at its end."""
+"""Everything that a run tells: console, metrics.jsonl, TensorBoard, trace, samples, and the summary at its end.
 
+Where several processes run a job, the first one tells and the others are silent.  All of them tell their watchdog.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 from configs.schema import RunConfig
@@ -8,8 +14,9 @@ from ring_jax.train.report.console import Console
 from ring_jax.train.report.metrics import MetricsLog
 from ring_jax.train.report.plots import reward_curve
 from ring_jax.train.report.samples import Describe, SampleLog
-from ring_jax.train.report.trace import Trace
+from ring_jax.train.report.trace import Span, Trace
 from ring_jax.train.rl import RLStep
+from ring_jax.train.watchdog import Watchdog
 from ring_jax.train.workdir import Workdir
 from rollout.driver import Clock
 
@@ -17,9 +24,9 @@ _STAGES = {"start": "before SFT", "sft": "after SFT", "rl": "after RL"}
 
 
 class RunReport:
-  def __init__(self, config: RunConfig, workdir: Workdir, console: Console | None = None):
-    self._config, self._workdir = config, workdir
-    self.console = console or Console()
+  def __init__(self, config: RunConfig, workdir: Workdir, watchdog: Watchdog):
+    self._config, self._workdir, self._watchdog = config, workdir, watchdog
+    self.console = Console()
     self.trace = Trace(workdir.trace)
     self._metrics = MetricsLog(workdir)
     self._samples = SampleLog(workdir.rollouts)
@@ -30,16 +37,33 @@ class RunReport:
     self._samples.truncate(step if resumed else -1)
     self.console.opening(self._config, step)
 
+  def alive(self, what: str | None = None) -> None:
+    """The run moves; `what` is what it begins with, if it begins something."""
+    self._watchdog.beat(what)
+
+  @contextlib.contextmanager
+  def span(self, kind: str, **args: Any) -> Iterator[Span]:
+    """A phase of a step: watched, and on the time line."""
+    self.alive(f"{kind} {args}")
+    with self.trace.span(kind, **args) as span:
+      yield span
+    self.alive(f"after {kind} {args}")
+
+  def note(self, text: str) -> None:
+    self.console.note(text)
+
   def phase(self, name: str, total: int, done: int) -> None:
     self.console.start(name, total, done)
     self._done = done
 
   def evaluating(self, clock: Clock) -> None:
+    self.alive()
     rate = clock.tokens / max(clock.prefill + clock.decode, 1e-9)
     self.console.update(clock.finished, tokens_per_second={"rollout": rate})
 
   def rolling_out(self, clock: Clock) -> None:
     """An iteration under way: tokens so far beside the budget."""
+    self.alive()
     self.console.update(self._done, tokens=clock.tokens)
 
   def sft_step(self, step: int, done: int, metrics: dict[str, Any], positions: int, seconds: float) -> None:
@@ -115,3 +139,29 @@ class RunReport:
     self.console.close()
     self._metrics.close()
     self.trace.close()
+
+
+class SilentReport(RunReport):
+  """Of every process but the first: writes and prints nothing, but is watched."""
+
+  def __init__(self, config: RunConfig, workdir: Workdir, watchdog: Watchdog):
+    self._watchdog = watchdog
+
+  @contextlib.contextmanager
+  def span(self, kind: str, **args: Any) -> Iterator[Span]:
+    self.alive(f"{kind} {args}")
+    span, started = Span(args), time.perf_counter()
+    yield span
+    span.seconds = time.perf_counter() - started
+    self.alive(f"after {kind} {args}")
+
+  def evaluating(self, clock: Clock) -> None:
+    self.alive()
+
+  def rolling_out(self, clock: Clock) -> None:
+    self.alive()
+
+  def _nothing(self, *arguments: Any, **named: Any) -> None:
+    pass
+
+  begin = note = phase = sft_step = rl_step = evaluation = flush = summary = close = _nothing

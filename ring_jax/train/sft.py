@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import jax
-
 from configs.schema import RunConfig
 from ring_jax.model import Params
 from ring_jax.train.batches import sft_batches
 from ring_jax.train.programs import Programs
 from ring_jax.train.stream import ProblemStream
+from sharding.processes import fetch
 
 
 class SFTPhase:
@@ -22,7 +21,7 @@ class SFTPhase:
     sums = None
     for tokens, weights_RxT in batches:
       sums = programs.sft_gradients(params, sums, tokens, weights_RxT)
-    loss, counts_LxE = sums.loss, jax.device_get(sums.counts_LxE)
+    loss, counts_LxE = sums.loss, fetch(sums.counts_LxE)
     params, opt_state, norm = programs.apply(params, opt_state, sums.params, "sft")
     if self._config.sft.router_bias_rate > 0:
       params = programs.balance(params, counts_LxE)

@@ -1,0 +1,56 @@
+"""What a run needs of the machine, looked at before any weights are: devices for the mesh, room for checkpoints."""
+
+import collections
+import math
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from configs.parallel import AXES
+from configs.schema import RunConfig, require
+from ring_jax.checkpoint.store import steps
+from sharding import processes
+
+
+def prepare_devices(config: RunConfig) -> None:
+  """Brings the devices up, which must be those of the mesh: all of all processes.
+
+  One device may also be the first of several in a single process.
+  """
+  mesh, count = config.model.parallel.mesh, processes.group().count
+  if mesh.num_devices > 1:
+    # On the CPU backend, programs under way at the same time can starve each other of threads inside of a collective,
+    # and nothing keeps their collectives in one order between processes.  Accelerators have queues for that.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+  devices = jax.devices()
+  if mesh.num_devices == 1 and count == 1:
+    return
+  sizes = " x ".join(f"{name}={size}" for name, size in zip(AXES, mesh.sizes, strict=True))
+  there = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
+  there += f" in {count} processes" if count > 1 else ""
+  require(
+    mesh.num_devices == len(devices),
+    f"model.parallel.mesh: {sizes} is {mesh.num_devices} devices, but there are {there}",
+  )
+  held = collections.Counter(device.process_index for device in devices)
+  require(len(set(held.values())) == 1, f"processes have different numbers of devices: {dict(held)}")
+
+
+def check_disk(checkpoints: pathlib.Path, keep: int, trees: Any) -> None:
+  """The checkpoints that the run will keep, and the one under way, have room beside those that are there.
+
+  Args:
+    trees: what a checkpoint holds, arrays or their shapes.
+  """
+  size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+  there, free = processes.group().from_first(
+    "disk", lambda: [len(steps(checkpoints)), shutil.disk_usage(checkpoints).free]
+  )
+  more = max(1, keep + 1 - there)
+  require(
+    more * size <= free,
+    f"{checkpoints}: {more} more checkpoint{'s' * (more > 1)} of {size / 1e9:,.3f} GB are to come (checkpoint.keep={keep}"
+    f" and one being written), but only {free / 1e9:,.3f} GB are free",
+  )
