@@ -24,6 +24,7 @@ FLOORS = {
 }
 CONTROL = (
   "rollout/scheduler.py",
+  *(f"rollout/simulator/{path.name}" for path in sorted((ROOT / "rollout/simulator").glob("*.py"))),
   "ring_jax/records.py",
   "configs/base.py",
   "configs/model.py",
