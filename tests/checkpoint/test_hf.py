@@ -322,7 +322,7 @@ def test_the_published_config_of_ling_1t_is_read():
   }  # fmt: skip
   model = ring_1t.get_config().model
   assert hf_config.from_hf(published) == dataclasses.replace(
-    model, max_position_embeddings=32768, remat=hf_config.from_hf(published).remat
+    model, max_position_embeddings=32768, remat=hf_config.from_hf(published).remat, param_dtype="bfloat16"
   )
 
 
