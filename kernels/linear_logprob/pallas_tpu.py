@@ -39,7 +39,7 @@ def score_to_train(inputs: Inputs, combine: Combine | None, *, interpret: bool) 
   local = Scores(*scores_3xN)
   scores = combine(local)
   share_N = jnp.exp(local.lse - scores.lse)  # of the probability that lies in this shard's vocabulary
-  difference_NxH = target_NxH.astype(jnp.float32) - share_N[:, None] * expected_NxH.astype(jnp.float32)
+  difference_NxH = target_NxH.astype(jnp.float32) - share_N[:, None] * expected_NxH
   return scores, difference_NxH.astype(target_NxH.dtype)
 
 

@@ -81,7 +81,7 @@ def vmem_bytes(kernel: Kernel, tile: Tile, hidden: int, itemsize: int) -> int:
   """What a kernel's buffers take: operands, results, accumulators, and the float32 tiles it works with."""
   rows, ids = tile.rows * hidden, tile.ids * hidden
   match kernel:
-    case "forward":  # tokens and result once, weight twice; expected weight in float32, and the statistics
+    case "forward":  # tokens and target columns once, weight twice; expected weight in float32, and the statistics
       buffers = itemsize * (rows + rows + 2 * ids) + 4 * rows + 7 * 4 * tile.rows * LANES
     case "dhidden":
       buffers = itemsize * (rows + 2 * ids) + 4 * rows + 4 * rows

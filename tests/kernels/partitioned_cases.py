@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kernels.icepop import IcePopConfig, policy_loss
 from kernels.linear_logprob import Implementation, LinearLogprob, Partition, linear_logprob, tiles, xla_chunked
 from kernels.linear_sample import linear_sample, token_keys
 
@@ -24,6 +25,7 @@ def quick():
   explicit_mesh((None,))
   inside_shard_map(((None, True),))
   sampling(((520, (2, 4)),))
+  policy((BOTH[0],))
 
 
 def full():
@@ -35,6 +37,7 @@ def full():
   auto_mesh()
   inside_shard_map(((None, True), (None, False), (Implementation.PALLAS_INTERPRET, False)))
   sampling(((1024, (2, 4)), (520, (2, 4)), (517, (1, 4)), (520, (4, 1))))
+  policy(BOTH)
 
 
 def small_tiles():
@@ -185,3 +188,36 @@ def sampling(cuts):
   )
   np.testing.assert_array_equal(got.token, want.token)
   print("sampling")
+
+
+def policy(implementations):
+  """The IcePop loss over a mesh, and its ratio of exactly 1 against the scores over the same mesh."""
+  hidden_NxH, weight_HxV, targets_N, mask_V, _ = arrays()
+  targets_N = jnp.where(mask_V[targets_N], targets_N, 0)
+  advantages_N = jnp.where(jnp.arange(N) % 2 == 0, 1.0, -1.0)
+  trained_N = jnp.arange(N) % 5 > 0
+
+  def losses(**options):
+    score = lambda h, w: linear_logprob(h, w, targets_N, vocab_mask=mask_V, **options).logp  # noqa: E731
+    old_N = jax.jit(score)(hidden_NxH, weight_HxV)
+
+    @jax.jit
+    def train(hidden_NxH, weight_HxV, old_N):
+      def loss(hidden_NxH, weight_HxV):
+        return policy_loss(
+          hidden_NxH, weight_HxV, targets_N, old_N, old_N - 0.1, advantages_N, trained_N,
+          IcePopConfig(aggregate="token_mean"), vocab_mask=mask_V, **options,
+        )  # fmt: skip
+
+      return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden_NxH, weight_HxV)
+
+    (value, metrics), gradients = train(hidden_NxH, weight_HxV, old_N)
+    np.testing.assert_array_equal(metrics["logp"], np.where(trained_N, old_N, 0))
+    assert not np.any(gradients[0][~np.asarray(trained_N)])
+    return value, *gradients
+
+  want = losses(implementation="reference")
+  partition = Partition(mesh_of((2, 4), AxisType.Auto), ("rows",), ("vocab",))
+  for implementation in implementations:
+    assert_close(losses(implementation=implementation, partition=partition), want)
+  print("policy")
