@@ -26,8 +26,8 @@ def ratio(seconds: Mapping[str, list[float]], numerator: str, denominator: str) 
   return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
 
 
-def plain_matmul(size: int = 2048, repeats: int = 4) -> tuple[Callable[[], Any], float]:
-  """A chain of square float32 matmuls, the rate that others are compared with; returns it and its FLOPs."""
-  a_DxD = jax.random.normal(jax.random.key(0), (size, size), jnp.float32) / size**0.5
+def plain_matmul(size: int = 2048, repeats: int = 4, dtype=jnp.float32) -> tuple[Callable[[], Any], float]:
+  """A chain of square matmuls, the rate that others are compared with; returns it and its FLOPs."""
+  a_DxD = (jax.random.normal(jax.random.key(0), (size, size), jnp.float32) / size**0.5).astype(dtype)
   chain = jax.jit(lambda a: jax.lax.fori_loop(0, repeats, lambda _, c: c @ a, a))
   return lambda: chain(a_DxD), 2.0 * size**3 * repeats

@@ -221,7 +221,14 @@ def group() -> Group:
 
 
 def join(coordinator: str, count: int, index: int, facts: Mapping[str, Any], seconds: float) -> Group:
-  """Waits for all `count` processes; from then on `group()` is theirs.
+  """`meet`, once and for all: from then on `group()` is this one."""
+  global _group
+  _group = meet(coordinator, count, index, facts, seconds)
+  return _group
+
+
+def meet(coordinator: str, count: int, index: int, facts: Mapping[str, Any], seconds: float) -> Group:
+  """Waits for all `count` processes.
 
   Args:
     coordinator: HOST:PORT of process 0; JAX's coordinator may take the port afterwards.
@@ -232,15 +239,13 @@ def join(coordinator: str, count: int, index: int, facts: Mapping[str, Any], sec
     JoinError: a process is missing after that time, came twice or expects another number of processes, or the port is
       taken.  All processes that came get the same error.
   """
-  global _group
   host, _, port = coordinator.rpartition(":")
   me = {"index": index, "count": count, "host": socket.gethostname(), "pid": os.getpid(), "facts": dict(facts)}
   if index == 0:
     members, links = _receive_all(int(port), me, time.monotonic() + seconds, seconds)
   else:
     members, links = _report(host.strip("[]"), int(port), me, time.monotonic() + seconds, seconds)
-  _group = Group(index, members, links)
-  return _group
+  return Group(index, members, links)
 
 
 def _receive_all(port: int, me: dict, deadline: float, seconds: float) -> tuple[list[Member], dict[int, _Link]]:
@@ -293,7 +298,7 @@ def _listener(port: int) -> socket.socket:
     except OSError as error:
       if time.monotonic() > deadline:
         raise JoinError(
-          f"port {port} of process 0 cannot be used ({error.strerror}): give another in --coordinator"
+          f"port {port} of process 0 cannot be used ({os.strerror(error.errno)}): give another in --coordinator"
         ) from None
     time.sleep(_RETRY_SECONDS)
 
@@ -304,7 +309,7 @@ def _hello(connection: socket.socket) -> tuple[_Link, dict[str, Any]] | None:
   link = _Link(connection)
   try:
     hello = link.receive()
-    if hello.get("kind") == "hello":
+    if isinstance(hello, dict) and hello.get("kind") == "hello":
       connection.settimeout(None)
       return link, hello
   except (_Closed, ValueError):

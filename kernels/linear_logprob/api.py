@@ -54,43 +54,45 @@ def linear_logprob(
   """
   chosen = None if implementation is None else choose(implementation, Implementation.XLA_CHUNKED, "linear_logprob")
   _check(hidden_NxH, weight_HxV, targets_N, vocab_mask)
-  temperature_N = _temperature(temperature, hidden_NxH.shape[0])
+  temperature_N = temperature_of("linear_logprob", temperature, hidden_NxH.shape[0])
   if chosen is Implementation.REFERENCE:
     return linear_logprob_reference(hidden_NxH, weight_HxV, targets_N, temperature_N, vocab_mask)
   known_N = (targets_N >= 0) & (targets_N < weight_HxV.shape[1])
   ids_N = jnp.where(known_N, targets_N, -1).astype(jnp.int32)
   inputs = vary_together(Inputs(hidden_NxH, weight_HxV, ids_N, temperature_N, vocab_mask))
-  dispatch.check(chosen, inputs)
-  partition = partition or partitioned.of_arguments(inputs)
+  dispatch.check("linear_logprob", chosen, hidden_NxH, weight_HxV)
+  partition = partition or partitioned.of_arguments(hidden_NxH, weight_HxV)
   if partition is not None:
     inputs = partitioned.place(partition, inputs)
   return linear_logprob_op(Plan(chosen, partition), inputs)
 
 
 def _check(hidden_NxH, weight_HxV, targets_N, vocab_mask) -> None:
-  if hidden_NxH.ndim != 2 or weight_HxV.ndim != 2 or hidden_NxH.shape[1] != weight_HxV.shape[0]:
-    raise ValueError(
-      f"linear_logprob: hidden {hidden_NxH.shape} and weight {weight_HxV.shape}: expected [N, H] and [H, V]"
-    )
-  num_tokens, vocab_size = hidden_NxH.shape[0], weight_HxV.shape[1]
+  check_arrays("linear_logprob", hidden_NxH, weight_HxV, vocab_mask)
+  num_tokens = hidden_NxH.shape[0]
   if targets_N.shape != (num_tokens,) or not jnp.issubdtype(targets_N.dtype, jnp.integer):
     raise ValueError(
       f"linear_logprob: targets {targets_N.dtype}{list(targets_N.shape)}: expected integers [{num_tokens}]"
     )
+
+
+def check_arrays(op: str, hidden_NxH, weight_HxV, vocab_mask) -> None:
+  """Raises ValueError where shapes do not fit together."""
+  if hidden_NxH.ndim != 2 or weight_HxV.ndim != 2 or hidden_NxH.shape[1] != weight_HxV.shape[0]:
+    raise ValueError(f"{op}: hidden {hidden_NxH.shape} and weight {weight_HxV.shape}: expected [N, H] and [H, V]")
+  vocab_size = weight_HxV.shape[1]
   if vocab_mask is not None and (vocab_mask.shape != (vocab_size,) or vocab_mask.dtype != bool):
-    raise ValueError(
-      f"linear_logprob: vocab_mask {vocab_mask.dtype}{list(vocab_mask.shape)}: expected bool [{vocab_size}]"
-    )
+    raise ValueError(f"{op}: vocab_mask {vocab_mask.dtype}{list(vocab_mask.shape)}: expected bool [{vocab_size}]")
 
 
-def _temperature(temperature: float | jax.Array, num_tokens: int) -> jax.Array | None:
+def temperature_of(op: str, temperature: float | jax.Array, num_tokens: int) -> jax.Array | None:
   """One temperature a token, or None where there is nothing to divide by."""
   if isinstance(temperature, numbers.Real):
     if not temperature > 0:
-      raise ValueError(f"linear_logprob: temperature={temperature}: must be > 0")
+      raise ValueError(f"{op}: temperature={temperature}: must be > 0")
     if temperature == 1:
       return None
   temperature = jnp.asarray(temperature, jnp.float32)
   if temperature.shape not in ((), (num_tokens,)):
-    raise ValueError(f"linear_logprob: temperature {list(temperature.shape)}: a number or one a token [{num_tokens}]")
+    raise ValueError(f"{op}: temperature {list(temperature.shape)}: a number or one a token [{num_tokens}]")
   return jax.lax.stop_gradient(jnp.broadcast_to(temperature, (num_tokens,)))

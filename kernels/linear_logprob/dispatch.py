@@ -29,9 +29,9 @@ def score(implementation: Implementation | None, inputs: Inputs) -> Scores:
   inputs = _drawable(inputs)
   if inputs.ids.shape[0] == 0:
     return Scores(*(zeros((0,), _score_dtype(inputs), inputs.hidden) for _ in Scores._fields))
-  if (interpret := _interpret(implementation)) is not None:
+  if (interpret := interpreted(implementation)) is not None:
     return pallas_tpu.score(inputs, interpret=interpret)
-  if not _by_platform(implementation, inputs):
+  if not by_platform(implementation, inputs.hidden, inputs.weight):
     return xla_chunked.score(inputs)
   # Functions made here, not those of the modules: JAX would take their traces of another context from its cache.
   on_tpu = lambda inputs: pallas_tpu.score(inputs, interpret=False)  # noqa: E731
@@ -45,11 +45,11 @@ def score_to_train(
   if inputs.ids.shape[0] == 0:
     return score(implementation, inputs), (None, None)
   inputs = _drawable(inputs)
-  if (interpret := _interpret(implementation)) is not None:
+  if (interpret := interpreted(implementation)) is not None:
     scores, kept = pallas_tpu.score_to_train(inputs, combine, interpret=interpret)
     return scores, (kept, None)
   xla = functools.partial(xla_chunked.score_to_train, combine=combine)
-  if not _by_platform(implementation, inputs):
+  if not by_platform(implementation, inputs.hidden, inputs.weight):
     scores, kept = xla(inputs)
     return scores, (None, kept)
   pallas = functools.partial(pallas_tpu.score_to_train, combine=combine, interpret=False)
@@ -83,21 +83,20 @@ def gradient(
   def xla(inputs, kept, scores, cotangents):
     return xla_chunked.gradient(inputs, kept[1], scores, cotangents, sum_dtype)
 
-  if (interpret := _interpret(implementation)) is not None:
+  if (interpret := interpreted(implementation)) is not None:
     return pallas(*arguments, interpret=interpret)
-  if not _by_platform(implementation, inputs):
+  if not by_platform(implementation, inputs.hidden, inputs.weight):
     return xla(*arguments)
   return lax.platform_dependent(*arguments, tpu=pallas, default=xla)
 
 
-def check(implementation: Implementation | None, inputs: Inputs) -> None:
+def check(op: str, implementation: Implementation | None, hidden_NxH: jax.Array, weight_HxV: jax.Array) -> None:
   """Raises ConfigError if the TPU kernels are asked for what they do not do."""
-  if _interpret(implementation) is None or _kernels_take(inputs):
-    return
-  raise ConfigError(
-    f"linear_logprob: implementation={implementation} takes bfloat16 and float32, and fewer than {pallas_tpu.MAX_VOCAB}"
-    f" ids: not {inputs.hidden.dtype} and {inputs.weight.dtype}{list(inputs.weight.shape)}"
-  )
+  if interpreted(implementation) is not None and not _kernels_take(hidden_NxH, weight_HxV):
+    raise ConfigError(
+      f"{op}: implementation={implementation} takes bfloat16 and float32, and fewer than {pallas_tpu.MAX_VOCAB} ids:"
+      f" not {hidden_NxH.dtype} and {weight_HxV.dtype}{list(weight_HxV.shape)}"
+    )
 
 
 def _drawable(inputs: Inputs) -> Inputs:
@@ -107,13 +106,14 @@ def _drawable(inputs: Inputs) -> Inputs:
   return inputs._replace(ids=jnp.where((inputs.ids >= 0) & inputs.mask[inputs.ids], inputs.ids, -1))
 
 
-def _interpret(implementation: Implementation | None) -> bool | None:
+def interpreted(implementation: Implementation | None) -> bool | None:
   """Whether the TPU kernels are to be interpreted; None: they are not what was asked for."""
   return {Implementation.PALLAS_TPU: False, Implementation.PALLAS_INTERPRET: True}.get(implementation)
 
 
-def _by_platform(implementation: Implementation | None, inputs: Inputs) -> bool:
-  return implementation is None and _kernels_take(inputs) and not _partitioned_by_xla()
+def by_platform(implementation: Implementation | None, hidden_NxH: jax.Array, weight_HxV: jax.Array) -> bool:
+  """Whether the platform decides between the TPU kernels and `xla_chunked`, which is what else None stands for."""
+  return implementation is None and _kernels_take(hidden_NxH, weight_HxV) and not _partitioned_by_xla()
 
 
 def _partitioned_by_xla() -> bool:
@@ -122,10 +122,9 @@ def _partitioned_by_xla() -> bool:
   return any(mesh.shape[axis] > 1 for axis in mesh.auto_axes)
 
 
-def _kernels_take(inputs: Inputs) -> bool:
-  return pallas_tpu.supports(jnp.result_type(inputs.hidden, inputs.weight)) and (
-    inputs.weight.shape[1] < pallas_tpu.MAX_VOCAB
-  )
+def _kernels_take(hidden_NxH: jax.Array, weight_HxV: jax.Array) -> bool:
+  supported = pallas_tpu.supports(jnp.result_type(hidden_NxH, weight_HxV))
+  return supported and weight_HxV.shape[1] < pallas_tpu.MAX_VOCAB
 
 
 def _score_dtype(inputs: Inputs):

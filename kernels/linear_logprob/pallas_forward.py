@@ -59,8 +59,8 @@ def forward_call(sweep: Sweep, keep: Keep, hidden_NxH, weight_HxV, ids_N, scale_
     bias_1xV: float32: 0, or NEVER for ids that cannot be drawn; or None.
 
   Returns:
-    float32 [3, N]: the target's logit (NEVER without one), lse, E_p[x]; and the kept [N, H] arrays of the operands'
-    dtype, a tuple.
+    float32 [3, N]: the target's logit (NEVER without one), lse, E_p[x]; and the kept [N, H] arrays, a tuple: of the
+    operands' dtype, but E_p[W] in float32.
   """
   tile, hidden = sweep.tile, sweep.hidden
   num_tokens = hidden_NxH.shape[0]
@@ -84,9 +84,10 @@ def forward_call(sweep: Sweep, keep: Keep, hidden_NxH, weight_HxV, ids_N, scale_
 
   block = pl.BlockSpec((tile.rows, hidden), lambda i, j: (i, 0), pipeline_mode=once())
   shapes = [out_shape((8, blocks * tile.rows), jnp.float32, operands)]
-  shapes += [out_shape((num_tokens, hidden), sweep.dtype, operands)] * kept
+  # The expected weight in float32: of a likely token it is nearly the target's column, which is taken from it later.
+  shapes += [out_shape((num_tokens, hidden), dtype, operands) for dtype in (sweep.dtype, jnp.float32)[:kept]]
   scratch = [pltpu.VMEM((tile.rows, LANES), dtype) for dtype in [jnp.int32] + [jnp.float32] * 5]
-  if kept:
+  if keep is Keep.DIFFERENCE:  # Keep.EXPECTED sums in its result
     scratch.append(pltpu.VMEM((tile.rows, hidden), jnp.float32))
   products = 2 if kept else 1
   scores_8xP, *kept_NxH = pl.pallas_call(
@@ -142,7 +143,7 @@ def _kernel(body: _Body, *refs):
   (scores_ref,) = take(1)
   kept_refs = take({Keep.NOTHING: 0, Keep.DIFFERENCE: 1, Keep.EXPECTED: 2}[body.keep])
   stats_refs = take(6)
-  sum_ref = take(1)[0] if keeps else None
+  sum_ref = take(1)[0] if body.keep is Keep.DIFFERENCE else kept_refs[1] if keeps else None
 
   tile_index, last = pl.program_id(1), body.sweep.tiles - 1
 
@@ -260,7 +261,7 @@ def _finish(body, stats_refs, scores_ref, kept_refs, sum_ref):
   def keep(part):
     expected_RxP = sum_ref[:, part] * spread(share_RxL, part.size)
     if body.keep is Keep.EXPECTED:
-      kept_refs[1][:, part] = expected_RxP.astype(body.sweep.dtype)
+      kept_refs[1][:, part] = expected_RxP
     else:
       difference_RxP = kept_refs[0][:, part].astype(jnp.float32) - expected_RxP
       kept_refs[0][:, part] = difference_RxP.astype(body.sweep.dtype)

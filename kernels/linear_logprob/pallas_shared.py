@@ -42,7 +42,7 @@ class Sweep:
 
   def logits(self, hidden_ref, weight_ref, strip) -> jax.Array:
     """float32 [S, C], before temperature and mask."""
-    part = hidden_part(self.hidden)
+    part = hidden_part(self.hidden, self.dtype.itemsize)
 
     def product(first):
       hidden_SxP = hidden_ref[strip, pl.ds(first, part)].astype(self.dtype)
@@ -64,7 +64,7 @@ class Sweep:
 
   def for_each_part(self, body: Callable[[pl.Slice], None]) -> None:
     """Calls body with each part of the hidden width, in a loop if there are several."""
-    part = hidden_part(self.hidden)
+    part = hidden_part(self.hidden, self.dtype.itemsize)
     if part == self.hidden:
       body(pl.ds(0, part))
     else:

@@ -39,7 +39,7 @@ def score_to_train(inputs: Inputs, combine: Combine | None, *, interpret: bool) 
   local = Scores(*scores_3xN)
   scores = combine(local)
   share_N = jnp.exp(local.lse - scores.lse)  # of the probability that lies in this shard's vocabulary
-  difference_NxH = target_NxH.astype(jnp.float32) - share_N[:, None] * expected_NxH.astype(jnp.float32)
+  difference_NxH = target_NxH.astype(jnp.float32) - share_N[:, None] * expected_NxH
   return scores, difference_NxH.astype(target_NxH.dtype)
 
 
@@ -58,7 +58,7 @@ def gradient(
     # The sweep's copy of hidden comes after: D's memory is free by then.
     dhidden_NxH, hidden_NxH = lax.optimization_barrier((dhidden_NxH, hidden_NxH))
 
-  sweep = _sweep("dweight", inputs, interpret)
+  sweep = sweep_for("dweight", inputs.hidden, inputs.weight, interpret)
   rows = sweep.tile.rows
   source_P, blocks, place_N = active_first(active_N, rows)
   zero = lambda cotangent: 0.0 if cotangent is None else cotangent  # noqa: E731
@@ -75,11 +75,11 @@ def gradient(
   ]
   rows_8xP = padded_rows(sorted_rows, [0] * len(sorted_rows), source_P.shape[0])
   hidden_PxH = take_rows(hidden_NxH, source_P)
-  weight_HxV, bias_1xV = _weight_and_bias(inputs)
+  weight_HxV, bias_1xV = weight_and_bias(inputs.weight, inputs.mask)
   arguments = (with_entropy, blocks[None], rows_8xP, hidden_PxH, weight_HxV, bias_1xV)
   dweight_HxV = dweight_call(sweep, *arguments, inputs.weight.dtype)[:, : inputs.weight.shape[1]]
   if not only_logp:
-    sweep = _sweep("dhidden", inputs, interpret, rows)
+    sweep = sweep_for("dhidden", inputs.hidden, inputs.weight, interpret, rows)
     dhidden_NxH = dhidden_call(sweep, *arguments, sum_dtype)[place_N]
     dhidden_NxH = jnp.where(active_N[:, None], dhidden_NxH, 0)
   return dhidden_NxH, dweight_HxV
@@ -87,36 +87,37 @@ def gradient(
 
 def _forward(inputs: Inputs, keep: Keep, interpret: bool):
   num_tokens = inputs.hidden.shape[0]
-  sweep = _sweep("forward", inputs, interpret)
+  sweep = sweep_for("forward", inputs.hidden, inputs.weight, interpret)
   padding = max(sweep.tile.rows - num_tokens, 0)  # a block is not larger than the array
   hidden_NxH = jnp.pad(inputs.hidden, ((0, padding), (0, 0)))
   ids_N = jnp.pad(inputs.ids, (0, padding), constant_values=-1)
   scale_N = None
   if inputs.temperature is not None:
     scale_N = jnp.pad(1 / inputs.temperature, (0, padding), constant_values=1)
-  weight_HxV, bias_1xV = _weight_and_bias(inputs)
+  weight_HxV, bias_1xV = weight_and_bias(inputs.weight, inputs.mask)
   scores_3xN, kept = forward_call(sweep, keep, hidden_NxH, weight_HxV, ids_N, scale_N, bias_1xV)
   return scores_3xN[:, :num_tokens], tuple(kept_NxH[:num_tokens] for kept_NxH in kept)
 
 
-def _sweep(kernel: Kernel, inputs: Inputs, interpret: bool, rows: int | None = None) -> Sweep:
+def sweep_for(
+  kernel: Kernel, hidden_NxH: jax.Array, weight_HxV: jax.Array, interpret: bool, rows: int | None = None
+) -> Sweep:
   """The tile of the chip, cut to the arrays; rows: what another sweep has padded the tokens for."""
-  dtype = jnp.result_type(inputs.hidden, inputs.weight)
-  num_tokens, hidden = inputs.hidden.shape
-  vocab = inputs.weight.shape[1]
+  num_tokens, hidden = hidden_NxH.shape
+  vocab = weight_HxV.shape[1]
   chip = context_chip()
-  tile = tile_for(kernel, chip, hidden, max(inputs.hidden.dtype.itemsize, inputs.weight.dtype.itemsize))
+  tile = tile_for(kernel, chip, hidden, max(hidden_NxH.dtype.itemsize, weight_HxV.dtype.itemsize))
   up = lambda size: -(-size // LANES) * LANES  # noqa: E731
   tile = Tile(rows or min(tile.rows, up(num_tokens)), min(tile.ids, up(vocab)))
-  return Sweep(tile, hidden, vocab, dtype, vmem_budget(chip), interpret)
+  return Sweep(tile, hidden, vocab, jnp.result_type(hidden_NxH, weight_HxV), vmem_budget(chip), interpret)
 
 
-def _weight_and_bias(inputs: Inputs) -> tuple[jax.Array, jax.Array | None]:
+def weight_and_bias(weight_HxV: jax.Array, mask_V: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
   """The weight, of at least one whole group of lanes, and 0 or NEVER to be added to each id's logits."""
-  vocab = inputs.weight.shape[1]
+  vocab = weight_HxV.shape[1]
   padding = -vocab % LANES if vocab < 4 * LANES else 0
-  weight_HxV = jnp.pad(inputs.weight, ((0, 0), (0, padding)))
-  if inputs.mask is None:
+  weight_HxV = jnp.pad(weight_HxV, ((0, 0), (0, padding)))
+  if mask_V is None:
     return weight_HxV, None
-  bias_V = jnp.where(inputs.mask, 0.0, NEVER).astype(jnp.float32)
+  bias_V = jnp.where(mask_V, 0.0, NEVER).astype(jnp.float32)
   return weight_HxV, jnp.pad(bias_V, (0, padding))[None]

@@ -56,44 +56,64 @@ def padded_vocab(vocab: int, shards: int) -> int:
   return -(-vocab // (shards * LANES)) * shards * LANES
 
 
-def of_arguments(inputs: Inputs) -> Partition | None:
+def of_arguments(hidden_NxH: jax.Array, weight_HxV: jax.Array) -> Partition | None:
   """How arguments are spread over a mesh with explicit axes; None where there is no such mesh."""
-  mesh = jax.typeof(inputs.hidden).sharding.mesh
+  mesh = jax.typeof(hidden_NxH).sharding.mesh
   if mesh.empty or not mesh.explicit_axes:
     return None
+  if not isinstance(hidden_NxH, jax.core.Tracer):
+    mesh = hidden_NxH.sharding.mesh  # outside of jit the program needs its devices
   axes = lambda x, dimension: _axes(jax.typeof(x).sharding.spec[dimension])  # noqa: E731
-  return Partition(mesh, axes(inputs.hidden, 0), axes(inputs.weight, 1))
+  return Partition(mesh, axes(hidden_NxH, 0), axes(weight_HxV, 1))
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
   return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def place(partition: Partition, inputs: Inputs) -> Inputs:
-  """The inputs as the shards take them: a vocabulary that divides, ids added to it masked; spread over explicit axes.
+def check_tokens(partition: Partition, num_tokens: int, op: str) -> None:
+  """Raises ValueError if the tokens do not divide by their shards."""
+  shards = math.prod(partition.mesh.shape[axis] for axis in partition.rows)
+  if num_tokens % shards:
+    raise ValueError(f"{op}: {num_tokens} tokens over {partition.rows}: a multiple of {shards}")
 
-  Raises:
-    ValueError: the tokens do not divide.
-  """
-  vocab, num_tokens = inputs.weight.shape[1], inputs.ids.shape[0]
-  row_shards = math.prod(partition.mesh.shape[axis] for axis in partition.rows)
-  if num_tokens % row_shards:
-    raise ValueError(f"linear_logprob: {num_tokens} tokens over {partition.rows}: a multiple of {row_shards}")
-  if vocab % partition.vocab_shards:
-    padding = padded_vocab(vocab, partition.vocab_shards) - vocab
-    mask_V = jnp.ones(vocab, bool) if inputs.mask is None else inputs.mask
-    inputs = inputs._replace(weight=jnp.pad(inputs.weight, ((0, 0), (0, padding))), mask=jnp.pad(mask_V, (0, padding)))
+
+def divisible(partition: Partition, weight_HxV: jax.Array, mask_V: jax.Array | None):
+  """(weight, mask) with a vocabulary that divides by its shards; ids that are added to it are masked."""
+  vocab = weight_HxV.shape[1]
+  if vocab % partition.vocab_shards == 0:
+    return weight_HxV, mask_V
+  padding = padded_vocab(vocab, partition.vocab_shards) - vocab
+  mask_V = jnp.ones(vocab, bool) if mask_V is None else mask_V
+  return jnp.pad(weight_HxV, ((0, 0), (0, padding))), jnp.pad(mask_V, (0, padding))
+
+
+def spread(partition: Partition, arrays, specs):
+  """Arrays over the mesh's explicit axes by their specs; over other axes `shard_map` spreads them."""
   if not partition.mesh.explicit_axes:
-    return inputs  # shard_map spreads them
-  reshard = lambda x, spec: jax.reshard(x, NamedSharding(partition.mesh, spec))  # noqa: E731
-  return jax.tree.map(reshard, inputs, partition.inputs(inputs))
+    return arrays
+
+  def move(x, spec):
+    sharding = NamedSharding(partition.mesh, spec)
+    # Outside of jit, an array that is made on the way here is on one device, which `reshard` does not take.
+    return jax.reshard(x, sharding) if isinstance(x, jax.core.Tracer) else jax.device_put(x, sharding)
+
+  return jax.tree.map(move, arrays, specs)
+
+
+def place(partition: Partition, inputs: Inputs) -> Inputs:
+  """The inputs as the shards take them."""
+  check_tokens(partition, inputs.ids.shape[0], "linear_logprob")
+  weight_HxV, mask_V = divisible(partition, inputs.weight, inputs.mask)
+  inputs = inputs._replace(weight=weight_HxV, mask=mask_V)
+  return spread(partition, inputs, partition.inputs(inputs))
 
 
 def score(implementation: Implementation | None, partition: Partition, inputs: Inputs) -> Scores:
   def shard(inputs):
     return _combine(partition, dispatch.score(implementation, _local(partition, inputs)))
 
-  return _over(partition, shard, (partition.inputs(inputs),), partition.scores())(inputs)
+  return over(partition, shard, (partition.inputs(inputs),), partition.scores())(inputs)
 
 
 def score_to_train(implementation: Implementation | None, partition: Partition, inputs: Inputs):
@@ -103,7 +123,7 @@ def score_to_train(implementation: Implementation | None, partition: Partition, 
     return scores, jax.tree.map(lambda x: x[:, None], kept)
 
   kept_spec = P(partition.rows, partition.vocab)
-  return _over(partition, shard, (partition.inputs(inputs),), (partition.scores(), kept_spec))(inputs)
+  return over(partition, shard, (partition.inputs(inputs),), (partition.scores(), kept_spec))(inputs)
 
 
 def gradient(
@@ -125,10 +145,11 @@ def gradient(
   kept_spec, row_spec = P(partition.rows, partition.vocab), P(partition.rows)
   specs = (partition.inputs(inputs), kept_spec, row_spec, row_spec)
   results = (P(partition.rows, None), P(None, partition.vocab))
-  return _over(partition, shard, specs, results)(inputs, kept, scores, cotangents)
+  return over(partition, shard, specs, results)(inputs, kept, scores, cotangents)
 
 
-def _over(partition: Partition, shard, in_specs, out_specs):
+def over(partition: Partition, shard, in_specs, out_specs):
+  """`shard` on each shard."""
   return jax.shard_map(shard, mesh=partition.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 

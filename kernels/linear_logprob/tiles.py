@@ -41,7 +41,8 @@ TILES = {
   "tpu7x": Tile(512, 512),  # ridge 312
 }
 
-# Largest part of the hidden width that one unrolled product takes: beyond it a loop, so that programs stay small.
+# Largest part of the hidden width that one unrolled product of bfloat16 takes: beyond it a loop, so that programs stay
+# small.  A float32 product is six of bfloat16 on the matrix unit.
 _HIDDEN_PART = 2048
 
 
@@ -80,7 +81,7 @@ def vmem_bytes(kernel: Kernel, tile: Tile, hidden: int, itemsize: int) -> int:
   """What a kernel's buffers take: operands, results, accumulators, and the float32 tiles it works with."""
   rows, ids = tile.rows * hidden, tile.ids * hidden
   match kernel:
-    case "forward":  # tokens and result once, weight twice; expected weight in float32, and the statistics
+    case "forward":  # tokens and target columns once, weight twice; expected weight in float32, and the statistics
       buffers = itemsize * (rows + rows + 2 * ids) + 4 * rows + 7 * 4 * tile.rows * LANES
     case "dhidden":
       buffers = itemsize * (rows + 2 * ids) + 4 * rows + 4 * rows
@@ -89,8 +90,9 @@ def vmem_bytes(kernel: Kernel, tile: Tile, hidden: int, itemsize: int) -> int:
   return buffers + 4 * 4 * tile.rows * tile.ids + 2 * _MIB
 
 
-def hidden_part(hidden: int) -> int:
-  """The part of the hidden width that one unrolled product takes."""
-  if hidden <= _HIDDEN_PART:
+def hidden_part(hidden: int, itemsize: int) -> int:
+  """The part of the hidden width that one unrolled product takes; itemsize: of its operands."""
+  most = _HIDDEN_PART if itemsize < 4 else max(_HIDDEN_PART // 4, LANES)
+  if hidden <= most:
     return hidden
-  return next((part for part in range(_HIDDEN_PART, LANES - 1, -LANES) if hidden % part == 0), hidden)
+  return next((part for part in range(most, LANES - 1, -LANES) if hidden % part == 0), hidden)

@@ -57,14 +57,15 @@ def _matmul(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
   return lax.dot_general(a, b, dimensions, precision=lax.Precision.HIGHEST, preferred_element_type=dtype)
 
 
-def _logits(hidden_TxH, weight_HxC, temperature_T, mask_C):
+def tile_logits(hidden_TxH, weight_HxC, temperature_T, mask_C):
+  """After temperature and mask: NEVER for an id that cannot be drawn."""
   x_TxC = _matmul(hidden_TxH, weight_HxC, (1, 0))
   if temperature_T is not None:
     x_TxC = x_TxC / temperature_T[:, None]
   return x_TxC if mask_C is None else jnp.where(mask_C, x_TxC, NEVER)
 
 
-def _sweep(vocab_size, chunk, weight_HxV, mask_V, carry, body):
+def sweep_vocabulary(vocab_size, chunk, weight_HxV, mask_V, carry, body):
   """Calls body(first id, weight_HxC, mask_C, carry) for each chunk of the vocabulary, the last one possibly shorter."""
 
   def step(first, size, carry):
@@ -131,7 +132,7 @@ def score_to_train(inputs: Inputs, combine: Combine | None) -> tuple[Scores, Til
   combine = combine or (lambda scores: scores)
   tokens, ids = tile_shape(num_tokens, vocab_size)
   if (tokens, ids) == (num_tokens, vocab_size):
-    x_NxV = _logits(inputs.hidden, inputs.weight, inputs.temperature, inputs.mask)
+    x_NxV = tile_logits(inputs.hidden, inputs.weight, inputs.temperature, inputs.mask)
     sums, exp_NxV = _absorb(_start(num_tokens, dtype, inputs.hidden), x_NxV, 0, inputs.ids)
     local = _finish(sums)
     scores = combine(local)
@@ -141,10 +142,12 @@ def score_to_train(inputs: Inputs, combine: Combine | None) -> tuple[Scores, Til
     hidden_TxH, ids_T, temperature_T = rows
 
     def tile(first, weight_HxC, mask_C, sums):
-      x_TxC = _logits(hidden_TxH, weight_HxC, temperature_T, mask_C)
+      x_TxC = tile_logits(hidden_TxH, weight_HxC, temperature_T, mask_C)
       return _absorb(sums, x_TxC, first, ids_T)[0]
 
-    return _finish(_sweep(vocab_size, ids, inputs.weight, inputs.mask, _start(tokens, dtype, inputs.hidden), tile))
+    return _finish(
+      sweep_vocabulary(vocab_size, ids, inputs.weight, inputs.mask, _start(tokens, dtype, inputs.hidden), tile)
+    )
 
   def chunked(x_N):
     padded = jnp.pad(x_N, [(0, -num_tokens % tokens)] + [(0, 0)] * (x_N.ndim - 1), constant_values=1)
@@ -217,7 +220,7 @@ def _backward_tiles(weight_HxV, mask_V, rows, tile):
     def add_tile(i, carry):
       dhidden_PxH, dweight_HxC = carry
       part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, i * tokens, tokens), rows)
-      x_TxC = _logits(part["hidden"], weight_HxC, part["temperature"], mask_C)
+      x_TxC = tile_logits(part["hidden"], weight_HxC, part["temperature"], mask_C)
       probs_TxC = jnp.exp(x_TxC - part["lse"][:, None])
       dx_TxC = _logits_gradient(x_TxC, probs_TxC, first, part).astype(dx_dtype)
       dhidden_TxH = lax.dynamic_slice_in_dim(dhidden_PxH, i * tokens, tokens) + _matmul(dx_TxC, weight_HxC, (1, 1))
@@ -230,5 +233,5 @@ def _backward_tiles(weight_HxV, mask_V, rows, tile):
     return dhidden_PxH, lax.dynamic_update_slice_in_dim(dweight_HxV, dweight_HxC, first, axis=1)
 
   start = (jnp.zeros_like(rows["hidden"], sum_dtype), jnp.zeros_like(weight_HxV))
-  dhidden_PxH, dweight_HxV = _sweep(vocab_size, ids, weight_HxV, mask_V, start, vocab_chunk)
+  dhidden_PxH, dweight_HxV = sweep_vocabulary(vocab_size, ids, weight_HxV, mask_V, start, vocab_chunk)
   return dhidden_PxH[place_N], dweight_HxV

@@ -1,17 +1,21 @@
 """What a run needs of the machine, looked at before any weights are: devices for the mesh, room for checkpoints."""
 
 import collections
+import itertools
 import math
 import pathlib
 import shutil
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from configs.parallel import AXES
 from configs.schema import RunConfig, require
 from ring_jax.checkpoint.store import steps
 from sharding import processes
+from sharding.mesh import make_mesh
 
 
 def prepare_devices(config: RunConfig) -> None:
@@ -36,6 +40,26 @@ def prepare_devices(config: RunConfig) -> None:
   )
   held = collections.Counter(device.process_index for device in devices)
   require(len(set(held.values())) == 1, f"processes have different numbers of devices: {dict(held)}")
+  if count > 1 and devices[0].platform == "cpu":
+    for one in {mesh, (config.rollout.parallel or config.model.parallel).mesh}:
+      _introduce(make_mesh(one))
+
+
+def _introduce(mesh: Mesh) -> None:
+  """Sums over every set of mesh axes once.
+
+  Devices of a CPU backend must find each other within 30 s when they first sum together, and never again.  Now they
+  are all at the same place; later one process may still compile what another had in its cache.
+  """
+  axes = [axis for axis in AXES if mesh.shape[axis] > 1]
+  sets = [chosen for size in range(1, len(axes) + 1) for chosen in itertools.combinations(axes, size)]
+
+  def sums(x: jax.Array) -> list[jax.Array]:
+    return [jax.lax.psum(x, chosen) for chosen in sets]
+
+  with jax.set_mesh(mesh):
+    every = jax.jit(jax.shard_map(sums, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False))
+    jax.block_until_ready(every(np.float32(1)))
 
 
 def check_disk(checkpoints: pathlib.Path, keep: int, trees: Any) -> None:

@@ -42,12 +42,12 @@ class RunReport:
     self._watchdog.beat(what)
 
   @contextlib.contextmanager
-  def span(self, kind: str, **args: Any) -> Iterator[Span]:
+  def span(self, kind: str, step: int) -> Iterator[Span]:
     """A phase of a step: watched, and on the time line."""
-    self.alive(f"{kind} {args}")
-    with self.trace.span(kind, **args) as span:
+    self.alive(f"{kind}, step {step}")
+    with self.trace.span(kind, step=step) as span:
       yield span
-    self.alive(f"after {kind} {args}")
+    self.alive(f"after {kind}, step {step}")
 
   def note(self, text: str) -> None:
     self.console.note(text)
@@ -148,12 +148,12 @@ class SilentReport(RunReport):
     self._watchdog = watchdog
 
   @contextlib.contextmanager
-  def span(self, kind: str, **args: Any) -> Iterator[Span]:
-    self.alive(f"{kind} {args}")
-    span, started = Span(args), time.perf_counter()
+  def span(self, kind: str, step: int) -> Iterator[Span]:
+    self.alive(f"{kind}, step {step}")
+    span, started = Span({"step": step}), time.perf_counter()
     yield span
     span.seconds = time.perf_counter() - started
-    self.alive(f"after {kind} {args}")
+    self.alive(f"after {kind}, step {step}")
 
   def evaluating(self, clock: Clock) -> None:
     self.alive()

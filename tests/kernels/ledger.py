@@ -18,6 +18,7 @@ FILE = pathlib.Path(__file__).with_name("bundles.json")
 # By the prefix of their names: the function, called with a chip, that compiles these kernels.
 PROGRAMS = {
   "linear_logprob": "tests.kernels.tpu_programs:linear_logprob",
+  "linear_sample": "tests.kernels.tpu_programs:linear_sample",
 }
 
 

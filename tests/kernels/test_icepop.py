@@ -15,6 +15,7 @@ from jax.test_util import check_grads
 from configs.schema import Aggregate, Calibration, ConfigError, Denominator, IcePopConfig, TokenWeight
 from kernels.icepop import icepop_loss, policy_loss, sequence_weight, token_weights
 from kernels.icepop.reference import icepop_loss_reference
+from kernels.linear_logprob import linear_logprob
 
 LENGTHS = (7, 3, 1, 5)
 NAN, INF = math.nan, math.inf
@@ -283,3 +284,73 @@ def test_errors():
     icepop_loss(**arrays, mask=mask[:, 1:], config=IcePopConfig())
   with pytest.raises(ValueError, match="the minibatch must contain the sequence"):
     sequence_weight(5, 1, 4, IcePopConfig())
+
+
+def policy_case(tokens=200, vocab=300):
+  """Hidden states whose tokens meet all that rules a token out: prompt, both bounds of M, no number, both clips."""
+  keys = jax.random.split(jax.random.key(3), 4)
+  hidden_NxH = jax.random.normal(keys[0], (tokens, 16))
+  head_HxV = jax.random.normal(keys[1], (16, vocab)) / 4
+  targets_N = jax.random.randint(keys[2], (tokens,), 0, vocab)
+  advantages_N = jnp.where(jnp.arange(tokens) % 2 == 0, 1.0, -1.0)
+  return hidden_NxH, head_HxV, targets_N, advantages_N
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas_interpret"])
+def test_what_is_ruled_out_gets_exactly_no_gradient(implementation):
+  """Of each row of hidden states: prompt tokens, tokens that M masks, tokens that the clip cuts.  Even if it is NaN."""
+  hidden_NxH, head_HxV, targets_N, _ = policy_case()
+  advantages_N = jnp.where(jnp.arange(200) // 6 % 2 == 0, 1.0, -1.0)
+  kind_N = jnp.arange(200) % 6  # 0: trained; 1: prompt; 2: k < alpha; 3: k > beta; 4: k infinite; 5: clipped
+  clipped_N = kind_N == 5
+  mask_N = kind_N != 1
+  hidden_NxH = jnp.where(mask_N[:, None], hidden_NxH, jnp.nan)
+
+  @jax.jit
+  def run(hidden_NxH, head_HxV, logp_N):
+    # r is exp(1) where it is clipped above, and exp(-1) where below.
+    old_N = logp_N - jnp.where(clipped_N, advantages_N, 0.0)
+    infer_N = old_N - jnp.select([kind_N == 2, kind_N == 3, kind_N == 4], [-1.0, 2.0, jnp.inf], 0.0)
+
+    def loss(hidden_NxH, head_HxV):
+      return policy_loss(
+        hidden_NxH, head_HxV, targets_N, old_N, infer_N, advantages_N, mask_N,
+        IcePopConfig(aggregate="token_mean"), implementation=implementation,
+      )  # fmt: skip
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden_NxH, head_HxV)
+
+  logp_N = linear_logprob(hidden_NxH, head_HxV, targets_N, implementation=implementation).logp
+  (value, metrics), (dhidden_NxH, dhead_HxV) = run(hidden_NxH, head_HxV, jnp.nan_to_num(logp_N))
+  trained_N = np.asarray(kind_N == 0)
+  counts = {name: int(metrics[name]) for name in ("tokens", "masked_low", "masked_high", "masked_nonfinite")}
+  assert counts == {"tokens": 166, "masked_low": 33, "masked_high": 33, "masked_nonfinite": 33}
+  assert metrics["clipped_low"] + metrics["clipped_high"] == 33 and metrics["clipped_low"] > 0 < metrics["clipped_high"]
+  assert np.isfinite(value) and not np.any(dhidden_NxH[~trained_N])
+  assert np.all(np.any(np.asarray(dhidden_NxH)[trained_N] != 0, axis=1))
+  # The hidden states of what M or the mask rules out, by numbers that do not depend on theta, reach no gradient at all.
+  others_NxH = jnp.where(((kind_N == 0) | clipped_N)[:, None], hidden_NxH, 7.0)
+  _, (_, same_HxV) = run(others_NxH, head_HxV, jnp.nan_to_num(logp_N))
+  np.testing.assert_array_equal(dhead_HxV, same_HxV)
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas_interpret"])
+def test_first_minibatch_has_ratio_one(implementation):
+  """The program that scores at theta_old and the one that trains, each compiled by itself: r = 1 in every bit."""
+  hidden_NxH, head_HxV, targets_N, advantages_N = policy_case()
+  options = {"temperature": 0.8, "vocab_mask": jnp.arange(300) != 7, "implementation": implementation}
+  targets_N = jnp.where(targets_N == 7, 8, targets_N)
+  score = jax.jit(lambda h, w: linear_logprob(h, w, targets_N, **options).logp)
+  old_N = score(hidden_NxH, head_HxV)
+
+  @jax.jit
+  def train(hidden_NxH, head_HxV, old_N):
+    loss = lambda h, w: policy_loss(  # noqa: E731
+      h, w, targets_N, old_N, old_N, advantages_N, jnp.ones(200, bool), IcePopConfig(aggregate="token_mean"), **options
+    )
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden_NxH, head_HxV)
+
+  (value, metrics), _ = train(hidden_NxH, head_HxV, old_N)
+  np.testing.assert_array_equal(metrics["logp"], old_N)
+  assert value == -jnp.mean(advantages_N) == 0  # r = k = 1
+  assert metrics["masked_nonfinite"] == metrics["clipped_high"] == metrics["clipped_low"] == 0

@@ -6,6 +6,7 @@ Dimension key: N tokens, H hidden width, V vocabulary.
 import jax
 import jax.numpy as jnp
 
+import kernels.linear_sample
 from kernels.icepop import IcePopConfig, policy_loss
 from kernels.linear_logprob import pallas_tpu
 from kernels.linear_logprob.backend import Cotangents, Inputs, Scores
@@ -48,3 +49,17 @@ def linear_logprob(chip: str) -> None:
     )
 
   compile_for(chip, run, inputs, inputs.hidden, Scores(number, number, number), number, number)
+
+
+def linear_sample(chip: str, slots: int = 256, hidden: int = H, vocab: int = V, implementation=None):
+  """A decode step's sampling, compiled for one device."""
+
+  def draw(hidden_NxH, weight_HxV, keys_Nx2, temperature_N, mask_V):
+    return kernels.linear_sample.linear_sample(
+      hidden_NxH, weight_HxV, keys_Nx2, temperature=temperature_N, vocab_mask=mask_V, implementation=implementation
+    )
+
+  return compile_for(
+    chip, draw, abstract((slots, hidden), jnp.bfloat16), abstract((hidden, vocab), jnp.bfloat16),
+    abstract((slots, 2), jnp.uint32), abstract((slots,), jnp.float32), abstract((vocab,), jnp.bool_),
+  )  # fmt: skip
