@@ -118,9 +118,7 @@ def _jax_layers(config: ModelConfig, params, tokens_BxT, positions_BxT, segments
   found = {(WHOLE, "hidden"): out.hidden_BxTxD, (WHOLE, "logits"): out.hidden_BxTxD @ head_DxV}
   logp_N = linear_logprob(out.hidden_BxTxD.reshape(-1, config.hidden_size), head_DxV, targets_BxT.reshape(-1)).logp
   found[WHOLE, "logp"] = logp_N.reshape(targets_BxT.shape)
-  same = segments_BxT[:, :, None] == segments_BxT[:, None, :]
-  mask_BxTxT = same & (positions_BxT[:, :, None] >= positions_BxT[:, None, :])
-  context = (rotary_tables(config, positions_BxT), mask_BxTxT, segments_BxT > 0)
+  context = (rotary_tables(config, positions_BxT), segments_BxT)
   x_BxTxD = params["embed"]["embedding"][tokens_BxT]
   for number in range(config.num_hidden_layers):
     moe = number >= config.first_k_dense_replace
@@ -148,18 +146,18 @@ def _jax_block(config: ModelConfig, moe: bool, params, x_BxTxD, context, found, 
   graph, state = nnx.split(nnx.eval_shape(lambda: Block(config, moe, nnx.Rngs(0))))
   nnx.replace_by_pure_dict(state, params)
   block = nnx.merge(graph, state)
-  rotary, mask_BxTxT, valid_BxT = context
-  attention_BxTxD, _ = block.attention(block.input_norm(x_BxTxD), rotary, mask_BxTxT)
-  out_BxTxD, _, _ = block(x_BxTxD, rotary, mask_BxTxT, valid_BxT)
+  rotary, segments_BxT = context
+  attention_BxTxD, _ = block.attention(block.input_norm(x_BxTxD), rotary, segments_BxT)
+  out_BxTxD, _, _ = block(x_BxTxD, rotary, segments_BxT)
   attended_BxTxD = x_BxTxD + attention_BxTxD
   notes = {"input": x_BxTxD, "attention": attention_BxTxD, "attended": attended_BxTxD, "block": out_BxTxD}
   normed_BxTxD = block.post_norm(attended_BxTxD)
   if moe:
     router = block.moe.router
     routing = route(normed_BxTxD.reshape(-1, config.hidden_size), router.kernel[...], router.bias[...], config)
-    B, T = valid_BxT.shape
+    B, T = segments_BxT.shape
     notes |= {"router_ids": routing.ids_NxK.reshape(B, T, -1), "router_weights": routing.weights_NxK.reshape(B, T, -1)}
-    notes["feed_forward"] = block.moe(normed_BxTxD, valid_BxT)[0]
+    notes["feed_forward"] = block.moe(normed_BxTxD, segments_BxT > 0)[0]
   else:
     notes["feed_forward"] = block.mlp(normed_BxTxD)
   found.update({(number, name): value for name, value in notes.items()})

@@ -72,14 +72,12 @@ def walk(config: ModelConfig, params: Params, tokens_BxT, segments_BxT) -> tuple
   """(expert ids [B, T, K] by layer, hidden states [B, T, D] after the last layer, before the final norm)."""
   B, T = tokens_BxT.shape
   positions_BxT = jnp.broadcast_to(jnp.arange(T), (B, T))
-  causal_BxTxT = positions_BxT[:, :, None] >= positions_BxT[:, None, :]
-  mask_BxTxT = (segments_BxT[:, :, None] == segments_BxT[:, None, :]) & causal_BxTxT
   rotary = rotary_tables(config, positions_BxT)
   x_BxTxD = params["embed"]["embedding"][tokens_BxT].astype(config.dtype)
   chosen: dict[int, jax.Array] = {}
   for layer in range(config.num_hidden_layers):
     block = _block(config, params, layer)
-    out_BxTxD, _ = block.attention(block.input_norm(x_BxTxD), rotary, mask_BxTxT)
+    out_BxTxD, _ = block.attention(block.input_norm(x_BxTxD), rotary, segments_BxT)
     x_BxTxD = x_BxTxD + out_BxTxD
     normed_BxTxD = block.post_norm(x_BxTxD)
     if layer < config.first_k_dense_replace:
