@@ -87,18 +87,28 @@ def write_model(folder: pathlib.Path, config: ModelConfig, max_shard_bytes: int 
   return planned
 
 
+# A process's peak begins with what its parent had when it was started, which may be more than all it needs itself (a
+# test runner that holds JAX): so a small process starts it, and prints its peak in bytes.
+_MEASURED = """
+import os, sys
+pid = os.spawnv(os.P_NOWAIT, sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(pid, 0)
+print(usage.ru_maxrss * 1024)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def run_convert(*arguments: str) -> tuple[dict[str, Any], int]:
   """Runs the command; returns its report and its peak of resident memory in bytes."""
   command = [sys.executable, "-m", "ring_jax.launch.convert", *arguments, "--json"]
-  with subprocess.Popen(
-    command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-  ) as process:
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-  if process.returncode:
-    raise RuntimeError(f"{' '.join(command)}: exit status {process.returncode}")
-  return json.loads(output), usage.ru_maxrss * 1024
+  done = subprocess.run(
+    [sys.executable, "-c", _MEASURED, *command],
+    stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+  if done.returncode:
+    raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}")
+  report, peak = done.stdout.splitlines()
+  return json.loads(report), int(peak)
 
 
 def _sync(folder: pathlib.Path) -> None:

@@ -318,6 +318,14 @@ def test_dry_run_needs_an_index_or_a_config_alone(tmp_path):
   assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
+def test_a_measured_peak_is_the_command_s_own_and_not_its_parent_s():
+  parent = bytearray(400_000_000)
+  parent[::4096] = b"x" * len(parent[::4096])  # every page is really there
+  command = [sys.executable, "-c", bench._MEASURED, sys.executable, "-c", "pass"]
+  assert int(subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout) < 200_000_000
+  assert len(parent) == 400_000_000
+
+
 def test_a_large_model_needs_little_memory_and_survives_a_kill(tmp_path):
   """300 MB both ways as commands of their own: the part of memory that grows with the model would be seen."""
   config = bench.model_of(300_000_000)
