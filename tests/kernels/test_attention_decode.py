@@ -190,7 +190,7 @@ MODELS = {"ring_mini": (16, 4, 128), "ring_flash": (32, 4, 128), "ring_1t": (64,
 def compiled_step(chip, heads, slots, page, context, dtype=jnp.bfloat16):
   """Layers of a decode step: write the new token, attend; the cache is donated."""
   H, K, d = heads
-  layers, pages = 4, 8 * context // page
+  layers, pages = 4, 2 * context // page  # few enough pages for float32 on the smallest chip
 
   def step(q, pages, table, lengths, k, v):
     def layer(cache, index):
@@ -232,7 +232,7 @@ def test_compiles(chip):
 
 @pytest.mark.tpu
 def test_compiles_without_the_kernel():
-  """Heads that the kernel does not take: pages are gathered, on a TPU too."""
+  """Heads that the kernel does not take: XLA reads the pages, on a TPU too."""
   program, _ = compiled_step("v5e", (4, 2, 16), slots=8, page=16, context=512)
   assert "tpu_custom_call" not in program.as_text()
 
