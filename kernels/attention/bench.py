@@ -38,7 +38,7 @@ _PACKED = ((8, 4096, 16, 4, 128), (1, 32_768, 16, 4, 128), (1, 32_768, 64, 8, 12
 _DECODE_CPU = ((64, 192, 4, 2, 16), (64, 512, 8, 2, 64), (16, 2048, 8, 2, 64))
 _DECODE = ((64, 8192, 16, 4, 128), (64, 32_768, 16, 4, 128), (32, 32_768, 64, 8, 128))
 _PAGE = 64
-_MOST_SCORES = 1 << 30  # bytes of float32 scores up to which all of them are computed at once
+_MOST_SCORES = 1 << 28  # bytes of float32 scores up to which all of them are computed at once
 
 
 def _segments(rows: int, length: int) -> jax.Array:

@@ -37,7 +37,8 @@ class PagedCache(NamedTuple):
   """The key of head h is at 2h of C, its value at 2h + 1: the order that ragged paged attention reads.
 
   A row of a page table, int32 [W], lists the pages of one slot in the order of positions: position t is in page
-  row[t // N].  Entries that hold no position yet may be anything.
+  row[t // N].  Entries that hold no position yet may be anything.  The TPU kernel reads the whole table [B, W] from the
+  scalar memory, 1 MiB on every chip: pages of N = 256 keep 64 slots of 65,536 positions at 64 KiB.
   """
 
   pages_LxPxNxCxd: jax.Array

@@ -49,7 +49,7 @@ LAYOUTS = {
   "padding before and between": (np.roll(packed(30, 40), 150), np.roll(packed(200), 7)),
   "no order": (np.arange(T, dtype=np.int32) % 3 + 1, np.arange(T, dtype=np.int32)[::-1] // 50),
 }
-HEADS = {"grouped": (4, 2, 16), "one key head": (3, 1, 8), "each its own": (2, 2, 24)}
+HEADS = {"grouped": (4, 2, 16), "one key head": (3, 1, 24)}
 
 
 def arrays(batch, length, heads, dtype=jnp.float32, seed=0):

@@ -72,7 +72,7 @@ def test_matches_loop(layout, implementation):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("inner, outer", [(64, 320), (300, 128), (1, 257)])
+@pytest.mark.parametrize("inner, outer", [(300, 128), (1, 257)])
 def test_megablox_cuts_any_sides(inner, outer, monkeypatch):
   """Sides that are no multiple of a tile, whole and (with little memory) cut, the inner one included."""
   keys = jax.random.split(jax.random.key(0), 3)
