@@ -40,6 +40,7 @@ parity: $(VENV)/test.stamp  ## compare with PyTorch, transformers and vLLM; the 
 bench: $(VENV)/train.stamp  ## the kernels' benchmarks
 	$(RUN) -m kernels.grouped_matmul.bench
 	$(RUN) -m kernels.linear_logprob.bench
+	$(RUN) -m kernels.attention.bench
 
 lint: $(VENV)/test.stamp  ## format, and mend what can be mended
 	$(VENV)/bin/ruff check --fix .
