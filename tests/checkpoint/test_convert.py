@@ -327,15 +327,18 @@ def test_a_measured_peak_is_the_command_s_own_and_not_its_parent_s():
 
 
 def test_a_large_model_needs_little_memory_and_survives_a_kill(tmp_path):
-  """300 MB both ways as commands of their own: the part of memory that grows with the model would be seen."""
-  config = bench.model_of(300_000_000)
+  """500 MB both ways as commands of their own: the part of memory that grows with the model would be seen.
+
+  Three buffers of up to 64 MiB and what an allocator keeps beside them take 200 to 320 MB, whatever the model's size.
+  """
+  config = bench.model_of(500_000_000)
   planned = bench.write_model(tmp_path / "hf", config, max_shard_bytes=50_000_000)
   empty = random_folder(tmp_path / "small")
   _, base = bench.run_convert(f"--source={empty}", f"--target={tmp_path / 'base'}", "--to=orbax")
   report, peak = bench.run_convert(f"--source={tmp_path / 'hf'}", f"--target={tmp_path / '0'}", "--to=orbax")
-  assert report["bytes"] == planned.bytes > 250_000_000
+  assert report["bytes"] == planned.bytes > 450_000_000
   largest = max(2 * int(np.prod(shape)) for shape in planned.shapes.values())
-  assert peak <= 2 * largest + 2**30 and peak - base < 220_000_000, (peak, base)
+  assert peak <= 2 * largest + 2**30 and peak - base < 400_000_000, (peak, base)
 
   command = [sys.executable, "-m", "ring_jax.launch.convert", f"--source={tmp_path / '0'}"]
   command += [f"--target={tmp_path / 'back'}", "--to=hf", "--max_shard_bytes=20000000"]
