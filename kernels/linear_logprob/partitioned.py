@@ -29,9 +29,16 @@ from kernels.linear_logprob.tiles import LANES
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
+  """Raises ValueError for axes that the mesh has not, or that are named twice."""
+
   mesh: Mesh | AbstractMesh
   rows: tuple[str, ...]  # axes that tokens are spread over
   vocab: tuple[str, ...]  # axes that the vocabulary is spread over
+
+  def __post_init__(self):
+    axes = (*self.rows, *self.vocab)
+    if len(set(axes)) < len(axes) or not set(axes) <= set(self.mesh.axis_names):
+      raise ValueError(f"Partition: rows={self.rows}, vocab={self.vocab}: different axes of {self.mesh.axis_names}")
 
   @property
   def vocab_shards(self) -> int:

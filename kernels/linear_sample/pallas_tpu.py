@@ -9,6 +9,7 @@ a strip, C ids of a tile, L lanes.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -67,78 +68,91 @@ def draw(inputs: Inputs, *, interpret: bool) -> Draw:
   return Draw(race_N, token_N.astype(jnp.int32), logit_N, lse_N)
 
 
+class _State(NamedTuple):
+  """Scratch [R, L]: what a block of tokens knows after some tiles; keys and scale are the same on all lanes."""
+
+  key0: Any  # int32
+  key1: Any
+  scale: Any  # float32, as all below: 1 / temperature
+  max: Any  # of the logits
+  exp: Any  # sum of exp(logit - max)
+  race: Any  # of the leader
+  token: Any
+  logit: Any
+
+
 def _kernel(sweep: Sweep, scaled: bool, biased: bool, grouped: bool, first_ref, rows_ref, keys_ref, *refs):
   hidden_ref, weight_ref, *refs = refs
   bias_ref, drawn_ref, *state = refs if biased else (None, *refs)
-  key0_ref, key1_ref, scale_ref, max_ref, exp_ref, race_ref, token_ref, logit_ref = state
+  state = _State(*state)
   tile_index, last = pl.program_id(1), sweep.tiles - 1
-  first = first_ref[0]
-
-  @pl.when(tile_index == 0)
-  def _():
-    keys_Rx8, scale_Rx8 = keys_ref[...].T, rows_ref[...].T
-    key0_ref[...] = jnp.broadcast_to(keys_Rx8[:, 0:1], key0_ref.shape)
-    key1_ref[...] = jnp.broadcast_to(keys_Rx8[:, 1:2], key1_ref.shape)
-    scale_ref[...] = jnp.broadcast_to(scale_Rx8[:, 0:1], scale_ref.shape)
-    max_ref[...] = jnp.full_like(max_ref, NEVER)
-    race_ref[...] = jnp.full_like(race_ref, -jnp.inf)
-    for ref in (exp_ref, token_ref, logit_ref):
-      ref[...] = jnp.zeros_like(ref)
-
-  def absorb(strip, ragged):
-    x_SxC = sweep.logits(hidden_ref, weight_ref, strip)
-    if scaled:
-      x_SxC = x_SxC * spread(scale_ref[strip, :], sweep.tile.ids)
-    if bias_ref is not None:
-      x_SxC = x_SxC + bias_ref[...]
-    here = tile_index * sweep.tile.ids
-    ids_SxC = lax.broadcasted_iota(jnp.int32, x_SxC.shape, 1) + here
-    if ragged:
-      x_SxC = jnp.where(ids_SxC < sweep.vocab, x_SxC, NEVER)
-    before_SxL = max_ref[strip, :]
-    max_SxL = jnp.maximum(before_SxL, jnp.max(x_SxC, axis=1, keepdims=True))
-    exp_SxC = jnp.exp(x_SxC - spread(max_SxL, sweep.tile.ids))
-    max_ref[strip, :] = max_SxL
-    exp_ref[strip, :] = exp_ref[strip, :] * jnp.exp(before_SxL - max_SxL) + per_lane(jnp.add, exp_SxC)
-    if grouped:
-      bits_SxC = bits_of_groups(
-        spread(key0_ref[strip, :], sweep.tile.ids // 2), spread(key1_ref[strip, :], sweep.tile.ids // 2),
-        first + here, sweep.tile.ids,
-      )  # fmt: skip
-    else:
-      keys = [spread(ref[strip, :], sweep.tile.ids) for ref in (key0_ref, key1_ref)]
-      bits_SxC = bits_of_ids(*keys, first + ids_SxC)
-    race_SxC = x_SxC + gumbel(bits_SxC)
-    leader = race_ref[strip, :], token_ref[strip, :], logit_ref[strip, :]
-    for begin in range(0, sweep.tile.ids, LANES):
-      lanes = slice(begin, begin + LANES)
-      ahead_SxL = race_SxC[:, lanes] > leader[0]
-      challenger = race_SxC[:, lanes], (first + ids_SxC[:, lanes]).astype(jnp.float32), x_SxC[:, lanes]
-      leader = [jnp.where(ahead_SxL, new, old) for new, old in zip(challenger, leader, strict=True)]
-    race_ref[strip, :], token_ref[strip, :], logit_ref[strip, :] = leader
+  pl.when(tile_index == 0)(lambda: _start(state, rows_ref, keys_ref))
 
   def sweep_tile(ragged):
+    here = tile_index * sweep.tile.ids
     size = sweep.strip(_STRIP)
     for begin in range(0, sweep.tile.rows, size):
-      absorb(pl.ds(begin, size), ragged)
+      strip = pl.ds(begin, size)
+      x_SxC = sweep.logits(hidden_ref, weight_ref, strip)
+      if scaled:
+        x_SxC = x_SxC * spread(state.scale[strip, :], sweep.tile.ids)
+      if bias_ref is not None:
+        x_SxC = x_SxC + bias_ref[...]
+      if ragged:
+        x_SxC = jnp.where(lax.broadcasted_iota(jnp.int32, x_SxC.shape, 1) + here < sweep.vocab, x_SxC, NEVER)
+      _absorb(state, strip, x_SxC, first_ref[0] + here, grouped)
 
   if sweep.ragged:
     pl.when(tile_index < last)(lambda: sweep_tile(ragged=False))
     pl.when(tile_index == last)(lambda: sweep_tile(ragged=True))
   else:
     sweep_tile(ragged=False)
+  pl.when(tile_index == last)(lambda: _finish(state, drawn_ref))
 
-  @pl.when(tile_index == last)
-  def _():
-    race_Rx1 = jnp.max(race_ref[...], axis=1, keepdims=True)
-    leads_RxL = race_ref[...] == race_Rx1
-    token_Rx1 = jnp.min(jnp.where(leads_RxL, token_ref[...], jnp.inf), axis=1, keepdims=True)
-    logit_Rx1 = jnp.max(
-      jnp.where(leads_RxL & (token_ref[...] == token_Rx1), logit_ref[...], NEVER), axis=1, keepdims=True
-    )
-    lse_Rx1 = max_ref[:, :1] + jnp.log(jnp.sum(exp_ref[...], axis=1, keepdims=True))
-    lane_RxL = lax.broadcasted_iota(jnp.int32, race_ref.shape, 1)
-    columns_RxL = jnp.broadcast_to(lse_Rx1, race_ref.shape)
-    for lane, column_Rx1 in enumerate((race_Rx1, token_Rx1, logit_Rx1)):
-      columns_RxL = jnp.where(lane_RxL == lane, column_Rx1, columns_RxL)
-    drawn_ref[...] = columns_RxL.T[:8]
+
+def _start(state: _State, rows_ref, keys_ref):
+  keys_Rx8, scale_Rx8 = keys_ref[...].T, rows_ref[...].T
+  state.key0[...] = jnp.broadcast_to(keys_Rx8[:, 0:1], state.key0.shape)
+  state.key1[...] = jnp.broadcast_to(keys_Rx8[:, 1:2], state.key1.shape)
+  state.scale[...] = jnp.broadcast_to(scale_Rx8[:, 0:1], state.scale.shape)
+  state.max[...] = jnp.full_like(state.max, NEVER)
+  state.race[...] = jnp.full_like(state.race, -jnp.inf)
+  for ref in (state.exp, state.token, state.logit):
+    ref[...] = jnp.zeros_like(ref)
+
+
+def _absorb(state: _State, strip, x_SxC, first, grouped: bool):
+  """One tile, whose first id is `first`, for one strip of tokens."""
+  ids = x_SxC.shape[1]
+  before_SxL = state.max[strip, :]
+  max_SxL = jnp.maximum(before_SxL, jnp.max(x_SxC, axis=1, keepdims=True))
+  exp_SxC = jnp.exp(x_SxC - spread(max_SxL, ids))
+  state.max[strip, :] = max_SxL
+  state.exp[strip, :] = state.exp[strip, :] * jnp.exp(before_SxL - max_SxL) + per_lane(jnp.add, exp_SxC)
+
+  ids_SxC = first + lax.broadcasted_iota(jnp.int32, x_SxC.shape, 1)
+  hashes = ids // 2 if grouped else ids
+  keys = [spread(ref[strip, :], hashes) for ref in (state.key0, state.key1)]
+  bits_SxC = bits_of_groups(*keys, first, ids) if grouped else bits_of_ids(*keys, ids_SxC)
+  race_SxC = x_SxC + gumbel(bits_SxC)
+  leader = state.race[strip, :], state.token[strip, :], state.logit[strip, :]
+  for begin in range(0, ids, LANES):
+    lanes = slice(begin, begin + LANES)
+    ahead_SxL = race_SxC[:, lanes] > leader[0]
+    challenger = race_SxC[:, lanes], ids_SxC[:, lanes].astype(jnp.float32), x_SxC[:, lanes]
+    leader = [jnp.where(ahead_SxL, new, old) for new, old in zip(challenger, leader, strict=True)]
+  state.race[strip, :], state.token[strip, :], state.logit[strip, :] = leader
+
+
+def _finish(state: _State, drawn_ref):
+  race_RxL, token_RxL = state.race[...], state.token[...]
+  race_Rx1 = jnp.max(race_RxL, axis=1, keepdims=True)
+  token_Rx1 = jnp.min(jnp.where(race_RxL == race_Rx1, token_RxL, jnp.inf), axis=1, keepdims=True)
+  wins_RxL = (race_RxL == race_Rx1) & (token_RxL == token_Rx1)
+  logit_Rx1 = jnp.max(jnp.where(wins_RxL, state.logit[...], NEVER), axis=1, keepdims=True)
+  lse_Rx1 = state.max[:, :1] + jnp.log(jnp.sum(state.exp[...], axis=1, keepdims=True))
+  lane_RxL = lax.broadcasted_iota(jnp.int32, race_RxL.shape, 1)
+  columns_RxL = jnp.broadcast_to(lse_Rx1, race_RxL.shape)
+  for lane, column_Rx1 in enumerate((race_Rx1, token_Rx1, logit_Rx1)):
+    columns_RxL = jnp.where(lane_RxL == lane, column_Rx1, columns_RxL)
+  drawn_ref[...] = columns_RxL.T[:8]

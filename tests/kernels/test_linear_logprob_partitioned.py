@@ -27,7 +27,11 @@ def test_padded_vocab():
   assert padded_vocab(1, 2) == 256
 
 
-def test_tokens_must_divide():
-  partition = Partition(AbstractMesh((2, 2), ("rows", "vocab"), (AxisType.Auto,) * 2), ("rows",), ("vocab",))
+def test_errors():
+  mesh = AbstractMesh((2, 2), ("rows", "vocab"), (AxisType.Auto,) * 2)
   with pytest.raises(ValueError, match=r"21 tokens over \('rows',\): a multiple of 2"):
+    partition = Partition(mesh, ("rows",), ("vocab",))
     linear_logprob(jnp.ones((21, 4)), jnp.ones((4, 8)), jnp.zeros(21, int), partition=partition)
+  for rows, vocab in ((("tokens",), ("vocab",)), (("rows",), ("rows",)), ("rows", ("vocab",))):
+    with pytest.raises(ValueError, match=r"different axes of \('rows', 'vocab'\)"):
+      Partition(mesh, rows, vocab)

@@ -35,7 +35,7 @@ def policy_gradient(chip: str, tokens: int = N, hidden: int = H, vocab: int = V,
 
 
 def linear_logprob(chip: str) -> None:
-  """All kernels of the linear log-probability: both forward sweeps, dweight, dhidden."""
+  """All kernels of the linear log-probability: the three forward sweeps, dweight, dhidden."""
   number = abstract((N,), jnp.float32)
   inputs = Inputs(abstract((N, H), jnp.bfloat16), abstract((H, V), jnp.bfloat16), abstract((N,), jnp.int32), None, None)
 
@@ -44,6 +44,7 @@ def linear_logprob(chip: str) -> None:
     return (
       pallas_tpu.score(inputs, **options),
       pallas_tpu.score_to_train(inputs, None, **options),
+      pallas_tpu.score_to_train(inputs, lambda scores: scores, **options),  # as a shard of the vocabulary
       pallas_tpu.gradient(inputs, kept, scores, Cotangents(dlogp_N, None, None), jnp.bfloat16, **options),
       pallas_tpu.gradient(inputs, kept, scores, Cotangents(dlogp_N, None, dentropy_N), jnp.bfloat16, **options)[0],
     )
