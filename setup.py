@@ -28,6 +28,7 @@ setup(
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.3",
+    "packaging>=24",
     "pathwaysutils>=0.1.13",
     "prometheus-client>=0.20",
     "protobuf>=5",
@@ -41,7 +42,7 @@ setup(
     "tokenizers>=0.21",
   ],
   extras_require={
-    "test": ["hypothesis>=6", "pytest>=8", "pytest-xdist>=3", "ruff>=0.9"],
+    "test": ["hypothesis>=6", "pytest>=8", "pytest-xdist>=3", "pyyaml>=6", "ruff>=0.9"],
     "parity": ["torch>=2.9", "transformers>=5.19"],
     "serve": SERVE,
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],

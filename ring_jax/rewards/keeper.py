@@ -114,5 +114,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  with contextlib.suppress(BrokenPipeError):  # the parent ended meanwhile
+  with contextlib.suppress(ConnectionError):  # the parent ended meanwhile
     main()

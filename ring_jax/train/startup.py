@@ -7,7 +7,6 @@ what needs the config: devices and disk.
 import hashlib
 import importlib.metadata
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +33,7 @@ def check_versions() -> None:
   except importlib.metadata.PackageNotFoundError:
     own = None
   if own is not None:
-    check_python(platform.python_version(), own["Requires-Python"])
+    check_python(".".join(map(str, sys.version_info[:3])), own["Requires-Python"])
     for text in importlib.metadata.requires(_PACKAGE) or []:
       requirement = Requirement(text)
       if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):

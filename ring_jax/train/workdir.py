@@ -9,12 +9,16 @@
     rollouts/               what was generated, rewarded and trained on
     plots/                  PNGs
     tokenizer.json          where the run built one
+    hang_process_0.txt      where every thread stood when the watchdog ended a process
     lock                    held by the process that writes here
+
+Of several processes that run one job, the first alone writes here (checkpoints apart) and holds the lock.
 
 A file is replaced as a whole (`write_atomic`) or only appended to by lines, so that a kill at any moment leaves either
 the old content, the new one, or one half-written last line.  docs/workdir.md tells the reader's side.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -114,9 +118,11 @@ class Workdir:
     file = open(self._lock_path, "r+")  # noqa: SIM115 (it stays open as long as the lock is held)
     try:
       fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
       holder = file.read().strip() or "another process"
       file.close()
+      if error.errno not in (errno.EACCES, errno.EAGAIN):  # a network share without a lock service
+        raise WorkdirError(f"workdir {self.path}: its file system has no locks ({error.strerror})") from None
       raise WorkdirError(f"workdir {self.path}: in use by {holder}; stop it, or give another --workdir") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")

@@ -1,5 +1,6 @@
 """Checkpoints of a run: what is saved comes back bit for bit, and nothing that breaks costs the last good one."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,11 +18,15 @@ import optax
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from configs.schema import to_dict
+from configs import ring_tiny
+from configs.schema import MeshConfig, ParallelConfig, to_dict
 from ring_jax.checkpoint import hf, store
 from ring_jax.checkpoint.errors import CheckpointError
 from ring_jax.checkpoint.resolve import open_checkpoint
 from ring_jax.checkpoint.store import RunStore, steps
+from ring_jax.model import abstract_params, init_params
+from sharding import rules
+from sharding.mesh import make_mesh
 from tests.checkpoint import hf_folder
 from tests.configs import small_run
 
@@ -323,3 +328,28 @@ def test_what_is_no_checkpoint_says_what_one_looks_like(tmp_path):
   os.mkdir(tmp_path / "checkpoints")
   with pytest.raises(CheckpointError, match=r"checkpoints: has no checkpoint$"):
     open_checkpoint(tmp_path)
+
+
+def test_what_four_devices_wrote_is_read_on_one_and_on_others_laid_out_otherwise(tmp_path):
+  """Shapes and shardings come from the mesh that reads; parameters, moments and counts are the same bits."""
+  model = ring_tiny.get_config().model
+
+  def on(mesh):
+    own = dataclasses.replace(model, parallel=ParallelConfig(mesh=mesh))
+    devices = make_mesh(mesh, jax.devices()[: mesh.num_devices]) if mesh.num_devices > 1 else None
+    return own, devices, rules.Program(devices, OPTIMIZER.init)
+
+  own, devices, init = on(MeshConfig(fsdp=4))
+  params = init_params(own, 0, devices)
+  state = jax.tree.map(lambda leaf: leaf + 1, init(params))
+  with RunStore(tmp_path, keep=1) as run:
+    run.save(1, params, state, {}, {})
+    run.wait()
+    for mesh in (MeshConfig(), MeshConfig(tensor=2), MeshConfig(data=2, fsdp=2)):
+      other, devices, init = on(mesh)
+      abstract_tree = abstract_params(other, devices)
+      found = run.restore(abstract_tree, init.shapes(abstract_tree))
+      assert same_bits(found.params, params) and same_bits(found.optimizer_state, state)
+      for leaf, expected in zip(jax.tree.leaves(found.params), jax.tree.leaves(abstract_tree), strict=True):
+        assert len(leaf.sharding.device_set) == mesh.num_devices
+        assert devices is None or leaf.sharding == expected.sharding
