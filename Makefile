@@ -9,6 +9,7 @@ RUN     := $(VENV)/bin/python
 # The toy runs are for the CPU, also on a machine that has an accelerator: JAX_PLATFORMS= make train takes that one.
 export JAX_PLATFORMS ?= cpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 # glibc returns large buffers to the kernel at once and then faults their pages in again, step after step; keeping them
 # saves up to a quarter of a training step on the CPU.
 export MALLOC_TOP_PAD_ ?= 268435456

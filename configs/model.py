@@ -16,6 +16,7 @@ class Remat(Enum):
   NONE = "none"  # keep everything: fastest, most memory
   DOTS = "dots"  # keep the results of weight matmuls, recompute the rest
   FULL = "full"  # keep only the layer's input
+  OFFLOAD = "offload"  # keep only the layer's input, in host memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,12 +95,12 @@ class ParallelConfig:
   rules: ShardingRules = ShardingRules()
   expert_parallel: ExpertParallel = ExpertParallel.LOCAL
   expert_buffer: float = 1.25  # rows of an exchange buffer, in units of a balanced load; more rows take more rounds
-  moe_chunks: int = 1  # an MoE layer takes a device's tokens in so many parts, one after the other
+  moe_chunk: int = 0  # tokens of a device that an MoE layer takes at a time, one chunk after the other; 0: all
 
   def __post_init__(self):
     coerce_enum(self, "expert_parallel", ExpertParallel, "parallel")
     require(self.expert_buffer > 0, f"parallel.expert_buffer={self.expert_buffer}: must be > 0")
-    require(self.moe_chunks > 0, f"parallel.moe_chunks={self.moe_chunks}: must be at least 1")
+    require(self.moe_chunk >= 0, f"parallel.moe_chunk={self.moe_chunk}: must be at least 0")
     require(
       self.expert_parallel is not ExpertParallel.LOCAL or self.mesh.expert == 1,
       f"parallel.mesh.expert={self.mesh.expert} needs parallel.expert_parallel=ring, all_to_all or ragged_all_to_all",

@@ -141,7 +141,7 @@ class RingEngine(engine_api.Engine):
     self._sampling = Sampling(config.temperature, config.top_p, config.top_k, seed)
     self._tokenizer_path = tokenizer_path
     # Rounded up, so that caches of nearby settings share a compiled program and a bucket never exceeds the cache.
-    self._length = _bucket(config.max_len)
+    self._length = bucket(config.max_len)
     self._page_size = min(config.page_size, self._length)
     self.programs = self._programs()
 
@@ -205,7 +205,7 @@ class RingEngine(engine_api.Engine):
     longest = max(map(len, prompts))
     if not 0 < min(map(len, prompts)) <= longest <= self._length:
       raise ValueError(f"prompts of {min(map(len, prompts))} to {longest} tokens: from 1 to {self._length} fit")
-    tokens_PxT = np.zeros((rows, _bucket(longest)), np.int32)
+    tokens_PxT = np.zeros((rows, bucket(longest)), np.int32)
     lengths_P = np.ones((rows,), np.int32)  # rows without a prompt hold one padding token and are never inserted
     for row, prompt in enumerate(prompts):
       tokens_PxT[row, : len(prompt)] = prompt
@@ -214,7 +214,7 @@ class RingEngine(engine_api.Engine):
 
   def insert_batch(self, prefix: Prefix, state: DecodeState, insertions: Sequence[Insertion]) -> DecodeState:
     """Fills slots from a prefix; a row may go to several slots."""
-    size = _bucket(len(insertions), smallest=8)
+    size = bucket(len(insertions), smallest=8)
     # Columns without an insertion name a slot beyond the last: the scatter drops them.
     padding = Insertion(row=0, slot=self.config.slots, uid=0, max_tokens=0)
     columns = [*insertions, *[padding] * (size - len(insertions))]
@@ -378,6 +378,6 @@ def _inserted(cache: KVCache, prefix: Prefix, row_I: jax.Array, slot_I: jax.Arra
   return jax.lax.scan(one, cache, (row_I, slot_I))[0]
 
 
-def _bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:
+def bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:
   """The next power of two: few shapes, so few compilations."""
   return max(smallest, 1 << (size - 1).bit_length())

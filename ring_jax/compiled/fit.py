@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.schema import ConfigError, Memory, RunConfig
+from ring_jax.compiled import memory
 from ring_jax.compiled.programs import Kind, Unit
 from ring_jax.compiled.report import Report, device_bytes, report
 from sharding.hardware import Chip
@@ -38,7 +39,12 @@ def compiled(config: RunConfig, kind: Kind, unit: Unit, chip: Chip) -> Report:
 
 
 def summary(
-  kind: Kind, topology: Topology, overrides: dict[str, Any], reports: Sequence[Report], seconds: float
+  config: RunConfig,
+  kind: Kind,
+  topology: Topology,
+  overrides: dict[str, str],
+  reports: Sequence[Report],
+  seconds: float,
 ) -> dict[str, Any]:
   """One JSON object; its top level is the program that needs the most."""
   worst = max(reports, key=lambda one: one.hbm_bytes)
@@ -46,7 +52,7 @@ def summary(
     "program": str(kind),
     "topology": str(topology),
     "devices": topology.num_devices,
-    "overrides": {name: str(value) for name, value in overrides.items()},
+    "overrides": overrides,
     "fits": all(one.fits for one in reports),
     "hbm_bytes": worst.hbm_bytes,
     "hbm_limit": worst.hbm_limit,
@@ -55,16 +61,21 @@ def summary(
     "flops": sum(one.flops for one in reports),
     "roofline_seconds": sum(one.seconds for one in reports),
     "compile_seconds": round(seconds, 1),
-    "programs": [one.to_dict() for one in reports],
+    "programs": [
+      one.to_dict() | {"hbm_bytes_by_formula": sum(memory.of(config, kind, one.name).values())} for one in reports
+    ],
   }
 
 
-def text(found: dict[str, Any], config: RunConfig, chip: Chip) -> str:
+def text(found: dict[str, Any], config: RunConfig) -> str:
   """For people."""
   lines = []
   for one in found["programs"]:
     limit = one["hbm_limit"]
-    lines.append(f"{one['name']}: {one['hbm_bytes'] / _GIB:.2f} of {limit / _GIB:.2f} GiB a device")
+    lines.append(
+      f"{one['name']}: {one['hbm_bytes'] / _GIB:.2f} of {limit / _GIB:.2f} GiB a device"
+      f" ({one['hbm_bytes_by_formula'] / _GIB:.2f} by formula)"
+    )
     lines += [f"  {name:16} {size / _GIB:9.3f} GiB" for name, size in one["bytes"].items() if size]
     if one["host_bytes"]:
       lines.append(f"  {'host memory':16} {one['host_bytes'] / _GIB:9.3f} GiB")
@@ -82,7 +93,9 @@ def advice(found: dict[str, Any], config: RunConfig) -> str:
   over = worst["hbm_bytes"] - worst["hbm_limit"]
   ideas = []
   if worst["bytes"].get("temp", 0) > over:
-    ideas.append("more model.parallel.moe_chunks, a shorter packing.length or rollout.max_tokens (temp)")
+    ideas.append(
+      "a smaller model.parallel.moe_chunk, model.remat=offload, a shorter packing.length or rollout.max_tokens (temp)"
+    )
   state = worst["bytes"].get("optimizer", 0) + worst["bytes"].get("resident", 0)
   if found["program"] == Kind.TRAIN_STEP and state and config.rl.optimizer.memory is Memory.DEVICE:
     ideas.append(f"rl.optimizer.memory=host ({state / _GIB:.2f} GiB)")

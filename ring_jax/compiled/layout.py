@@ -1,59 +1,93 @@
-"""The default mesh of a topology, for a config that names none.
+"""The default layout of a config on a topology, and the smallest topology that a program fits.
 
-    training   experts over as many devices as divide them, at most 64 and at most what a slice has; the rest fsdp
-    rollouts   experts likewise; heads over `tensor` where slots would not go round
+    training   experts over as many devices as divide them, at most 64; the rest fsdp
+    memory     where the formula says that a training step does not fit: optimizer state and layer inputs in host memory
+    slots      halved until the formula says that decoding fits
 
-One row of tokens a device: more rows are more microbatches, not more memory.
+What is tried are the slices that are offered of each chip, up to a whole pod.
 """
 
 import dataclasses
+import functools
+import json
 import math
 from typing import Any
 
-from configs.schema import ExpertParallel, MeshConfig, ParallelConfig, RunConfig
+from configs.scaling import spread
+from configs.schema import ConfigError, RunConfig, to_dict
+from ring_jax.compiled import memory
+from ring_jax.compiled.programs import Kind
+from sharding.hardware import Chip
 from sharding.topology import Topology
 
 _MOST_EXPERT_PARALLEL = 64
-# Rows of an exchange, in tokens: what a chunk of an MoE layer handles at a time.
-_CHUNK_TOKENS = 4096
+_SLICES = {
+  2: ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+  3: ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16"),
+}
 
 
-def laid_out(config: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, Any]]:
+def laid_out(config: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str, str]]:
   """The config with a mesh for the topology, and the overrides that say so; a config that has a mesh keeps it."""
-  if config.model.parallel.mesh.num_devices > 1 or topology.num_devices == 1:
-    return config, {}
   devices = topology.num_devices
+  if config.model.parallel.mesh.num_devices > 1 or devices == 1:
+    return config, {}
   expert = math.gcd(math.gcd(devices, config.model.num_experts), _MOST_EXPERT_PARALLEL)
-  chunks = max(config.packing.length // _CHUNK_TOKENS, 1)
-  train = ParallelConfig(
-    MeshConfig(fsdp=devices // expert, expert=expert), expert_parallel=ExpertParallel.ALL_TO_ALL, moe_chunks=chunks
-  )
-  if expert == 1:
-    train = dataclasses.replace(train, expert_parallel=ExpertParallel.LOCAL)
-  rollout = dataclasses.replace(config.rollout, slots=_rounded(config.rollout.slots, devices))
-  rollout = dataclasses.replace(
-    rollout, pool=max(config.rollout.pool, rollout.slots), prefill_batch=_rounded(config.rollout.prefill_batch, devices)
-  )
-  changed = dataclasses.replace(
-    config,
-    model=dataclasses.replace(config.model, parallel=train),
-    packing=dataclasses.replace(config.packing, rows=devices),
-    rollout=rollout,
-    eval=dataclasses.replace(config.eval, slots=_rounded(config.eval.slots, devices)),
-  )
-  overrides = {
-    "model.parallel.mesh.fsdp": train.mesh.fsdp,
-    "model.parallel.mesh.expert": train.mesh.expert,
-    "model.parallel.expert_parallel": train.expert_parallel,
-    "model.parallel.moe_chunks": train.moe_chunks,
-    "packing.rows": devices,
-    "rollout.slots": rollout.slots,
-    "rollout.pool": rollout.pool,
-    "rollout.prefill_batch": rollout.prefill_batch,
-    "eval.slots": changed.eval.slots,
-  }
-  return changed, overrides
+  fits = lambda config, kind: memory.total(config, kind) <= topology.chip.hbm_bytes  # noqa: E731
+  layout = functools.partial(spread, config, fsdp=devices // expert, expert=expert)
+  small = not fits(layout(), Kind.TRAIN_STEP)
+  changed = layout(small=small)
+  while changed.rollout.slots > devices and not fits(changed, Kind.DECODE):
+    changed = layout(small=small, slots=changed.rollout.slots // 2)
+  return changed, _overrides(to_dict(config), to_dict(changed), "")
 
 
-def _rounded(value: int, parts: int) -> int:
-  return -(-value // parts) * parts
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """A topology, and what the program would need of each of its devices."""
+
+  topology: Topology
+  config: RunConfig
+  hbm_bytes: int
+
+  @property
+  def fits(self) -> bool:
+    return self.hbm_bytes <= self.topology.chip.hbm_bytes
+
+
+def from_slice(topology: Topology) -> list[Topology]:
+  """It, and the larger slices of its chip."""
+  shapes = [Topology(topology.chip, tuple(map(int, shape.split("x")))) for shape in _SLICES[topology.chip.torus_dims]]
+  return [one for one in shapes if one.num_devices >= topology.num_devices]
+
+
+def candidates(config: RunConfig, kind: Kind, chip: Chip) -> list[Candidate]:
+  """From the smallest topology of a chip to the first that the program fits by formula.
+
+  Raises:
+    ConfigError: it fits none.
+  """
+  found = []
+  for shape in _SLICES[chip.torus_dims]:
+    topology = Topology.parse(f"{chip.name}:{shape}")
+    try:
+      changed, _ = laid_out(config, topology)
+    except ConfigError:
+      continue  # a width that so many devices do not divide
+    found.append(Candidate(topology, changed, memory.total(changed, kind)))
+    if found[-1].fits:
+      return found
+  needs = f"; {found[-1].topology} would need {found[-1].hbm_bytes / 2**30:.1f} GiB a device" if found else ""
+  raise ConfigError(f"{config.name}: {kind} fits no slice of {chip.name}{needs}")
+
+
+def _overrides(before: Any, after: Any, path: str) -> dict[str, str]:
+  """Dotted paths to what differs, as a command line takes it."""
+  if before == after:
+    return {}
+  if isinstance(before, dict) and isinstance(after, dict):
+    changes: dict[str, str] = {}
+    for name in after:
+      changes |= _overrides(before[name], after[name], f"{path}.{name}".lstrip("."))
+    return changes
+  return {path: after if isinstance(after, str) else json.dumps(after)}

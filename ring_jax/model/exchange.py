@@ -76,12 +76,21 @@ class Sorted(NamedTuple):
 
 
 def _sort(ids_NxK: jax.Array, num_experts: int) -> Sorted:
-  ids_M = ids_NxK.reshape(-1)
-  order_M = jnp.argsort(ids_M, stable=True).astype(jnp.int32)
-  place_M = jnp.argsort(order_M).astype(jnp.int32)
-  sizes_E = jnp.bincount(ids_M, length=num_experts + 1)[:num_experts].astype(jnp.int32)
+  """By counting, as a token's experts are all different; one sort, for the inverse.
+
+  (A sort costs the TPU compiler several seconds.)
+  """
+  taken_NxKxE = ids_NxK[..., None] == jnp.arange(num_experts)
+  counts_NxE = taken_NxKxE.sum(axis=1, dtype=jnp.int32)
+  before_NxE = jnp.cumsum(counts_NxE, axis=0) - counts_NxE  # rows of earlier tokens
+  sizes_E = counts_NxE.sum(axis=0)
   end_E = jnp.cumsum(sizes_E)
-  return Sorted(order_M, place_M, end_E - sizes_E, end_E)
+  begin_E = end_E - sizes_E
+  place_M = jnp.where(taken_NxKxE, (begin_E + before_NxE)[:, None], 0).sum(axis=-1).reshape(-1)
+  none_M = (ids_NxK == num_experts).astype(jnp.int32).reshape(-1)
+  place_M = jnp.where(none_M > 0, end_E[-1] + jnp.cumsum(none_M) - 1, place_M)
+  _, order_M = jax.lax.sort((place_M, jnp.arange(place_M.size, dtype=jnp.int32)), num_keys=1, is_stable=False)
+  return Sorted(order_M, place_M, begin_E, end_E)
 
 
 def _sizes_within(pairs: Sorted, first: jax.Array, count: int) -> jax.Array:
@@ -149,9 +158,10 @@ def _rounds(first: Callable[[], jax.Array], body: Callable[[jax.Array], jax.Arra
   if most <= 1:
     return out
 
+  # The checkpoint stands around the condition: inside of it, what a round reads would be kept once for each of them.
+  @jax.checkpoint
   def step(out, round_):
-    again = jax.checkpoint(lambda out: out + body(round_))
-    return jax.lax.cond(round_ < needed, again, lambda out: out, out), None
+    return jax.lax.cond(round_ < needed, lambda out: out + body(round_), lambda out: out, out), None
 
   return jax.lax.scan(step, out, jnp.arange(1, most))[0]
 
@@ -217,7 +227,7 @@ def _all_to_all(pairs: Pairs, num_experts: int, apply: Apply, factor: float) -> 
     first_E = jnp.repeat(begin_P + r * slots, own)
     sizes_Pxe = _sizes_within(by_expert, first_E, slots).reshape(devices, own)
     rows_SxD = swap(gather_rows(pairs.x_NxD, pair_S, slot_NxK).reshape(devices, slots, -1))
-    from_S, to_S, sizes_e = _by_own_expert(swap(sizes_Pxe), slots)
+    from_S, to_S, sizes_e = _by_own_expert(swap(sizes_Pxe), jnp.arange(devices) * slots, devices * slots)
     done_SxD = permute(apply(permute(rows_SxD.reshape(devices * slots, -1), from_S, to_S), sizes_e), to_S, from_S)
     back_SxD = swap(done_SxD.reshape(devices, slots, -1)).reshape(devices * slots, -1)
     return combine_rows(back_SxD, pairs.weights_NxK, pair_S, slot_NxK)
@@ -227,15 +237,26 @@ def _all_to_all(pairs: Pairs, num_experts: int, apply: Apply, factor: float) -> 
   return _rounds(lambda: round_(0), round_, needed, -(-most // slots))
 
 
-def _by_own_expert(sizes_Pxe: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Rows came as P blocks of C slots, each block sorted by expert: where each goes so that all are.
+def _by_own_expert(sizes_Pxe: jax.Array, begin_P: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Rows came in blocks, one from each device, each sorted by expert: where each goes so that all are.
 
-  Returns: (the slot that stands at each place, the place of each slot, rows of each expert); padding stands last.
+  Args:
+    sizes_Pxe: rows of each block and expert.
+    begin_P: the first slot of each block.
+
+  Returns: (the slot that stands at each place, the place of each slot, rows of each expert); `slots`: none.
   """
-  end_Pxe = jnp.cumsum(sizes_Pxe, axis=1)
-  expert_S = jax.vmap(lambda end_e: jnp.searchsorted(end_e, jnp.arange(slots), side="right"))(end_Pxe).reshape(-1)
-  from_S = jnp.argsort(expert_S, stable=True).astype(jnp.int32)
-  return from_S, jnp.argsort(from_S).astype(jnp.int32), sizes_Pxe.sum(axis=0).astype(jnp.int32)
+  sizes_e = sizes_Pxe.sum(axis=0)
+  slot_Pxe = begin_P[:, None] + jnp.cumsum(sizes_Pxe, axis=1) - sizes_Pxe
+  place_Pxe = jnp.cumsum(sizes_e) - sizes_e + jnp.cumsum(sizes_Pxe, axis=0) - sizes_Pxe
+
+  def moved(from_Pxe, to_Pxe):
+    offset_SxB = jnp.arange(slots)[:, None] - from_Pxe.reshape(-1)
+    inside_SxB = (offset_SxB >= 0) & (offset_SxB < sizes_Pxe.reshape(-1))
+    there_S = jnp.where(inside_SxB, to_Pxe.reshape(-1) + offset_SxB, 0).sum(axis=-1)
+    return jnp.where(inside_SxB.any(axis=-1), there_S, slots)
+
+  return moved(place_Pxe, slot_Pxe), moved(slot_Pxe, place_Pxe), sizes_e
 
 
 def _ragged(pairs: Pairs, num_experts: int, apply: Apply, factor: float) -> jax.Array:
@@ -260,19 +281,9 @@ def _ragged(pairs: Pairs, num_experts: int, apply: Apply, factor: float) -> jax.
     rows_MxD = gather_rows(pairs.x_NxD, pair_M, slot_NxK)
     there = ragged_all_to_all(rows_MxD, slots, sent_PxP, kept_PxP, rows_PxP, me, AXIS)
     sizes_Pxe = jax.lax.dynamic_slice_in_dim(everyones_PxE, me * own, own, axis=1)
-    from_S, to_S, sizes_e = _by_expert_of_blocks(sizes_Pxe, slots)
+    from_S, to_S, sizes_e = _by_own_expert(sizes_Pxe, kept_PxP[:, me], slots)
     done_SxD = permute(apply(permute(there, from_S, to_S), sizes_e), to_S, from_S)
     back_MxD = ragged_all_to_all(done_SxD, N * K, kept_PxP.T, sent_PxP.T, rows_PxP.T, me, AXIS)
     return combine_rows(back_MxD, pairs.weights_NxK, pair_M, slot_NxK)
 
   return jax.lax.cond(fits, ragged, lambda: _all_to_all(pairs, num_experts, apply, factor))
-
-
-def _by_expert_of_blocks(sizes_Pxe: jax.Array, slots: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """As `_by_own_expert`, for blocks that lie one behind the other without padding."""
-  devices, own = sizes_Pxe.shape
-  end_B = jnp.cumsum(sizes_Pxe.reshape(-1))
-  block_S = jnp.searchsorted(end_B, jnp.arange(slots), side="right")
-  expert_S = jnp.where(block_S < devices * own, block_S % own, own)
-  from_S = jnp.argsort(expert_S, stable=True).astype(jnp.int32)
-  return from_S, jnp.argsort(from_S).astype(jnp.int32), sizes_Pxe.sum(axis=0).astype(jnp.int32)

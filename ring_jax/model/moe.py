@@ -72,7 +72,7 @@ def _layer(config: ModelConfig, weights, axes, x_BxTxD: jax.Array, valid_BxT: ja
   def tokens(x_NxD: jax.Array, valid_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     routing = route(x_NxD, router["kernel"], router["bias"], config)
     ids_NxK = jnp.where(valid_N[:, None], routing.ids_NxK, config.num_experts)
-    counts_E = jnp.bincount(ids_NxK.reshape(-1), length=config.num_experts + 1)[:-1].astype(jnp.int32)
+    counts_E = (ids_NxK[..., None] == jnp.arange(config.num_experts)).sum(axis=(0, 1), dtype=jnp.int32)
     pairs = Pairs(x_NxD, ids_NxK, routing.weights_NxK)
     out_NxD = exchange(pairs, config.num_experts, lambda *rows: _experts(rest["experts"], *rows), parallel)
     out_NxD = out_NxD.astype(dtype)
@@ -80,7 +80,7 @@ def _layer(config: ModelConfig, weights, axes, x_BxTxD: jax.Array, valid_BxT: ja
       out_NxD = out_NxD + _gated(rest["shared"], x_NxD)
     return out_NxD, counts_E
 
-  out_NxD, counts_E = _in_chunks(tokens, parallel.moe_chunks, x_BxTxD.reshape(-1, D), valid_BxT.reshape(-1))
+  out_NxD, counts_E = _in_chunks(tokens, parallel.moe_chunk, x_BxTxD.reshape(-1, D), valid_BxT.reshape(-1))
   out_NxD = rules.psum(out_NxD, parallel.rules.expert_mlp)
   return out_NxD.reshape(B, T, D), rules.psum(counts_E, parallel.rules.batch)
 
@@ -103,17 +103,17 @@ def _gated(weights, x_NxD: jax.Array) -> jax.Array:
   return (jax.nn.silu(x_NxD @ weights["gate"]) * (x_NxD @ weights["up"])) @ weights["down"]
 
 
-def _in_chunks(function, chunks: int, x_NxD: jax.Array, valid_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """function over the tokens in equal chunks, one after the other, so that its buffers are that much smaller.
+def _in_chunks(function, size: int, x_NxD: jax.Array, valid_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """function over the tokens in chunks of at most `size`, one after the other, so that its buffers are that much smaller.
 
   A chunk is computed again in the backward pass.  Under remat=full that costs nothing: the layer would be computed
   again anyway, and there the MoE's own output is not needed.
   """
   num_tokens = x_NxD.shape[0]
-  chunks = min(chunks, num_tokens)
-  if chunks == 1:
+  if size == 0 or num_tokens <= size:
     return function(x_NxD, valid_N)
-  size = -(-num_tokens // chunks)
+  chunks = -(-num_tokens // size)
+  size = -(-num_tokens // chunks)  # of equal size, as far as possible
   pad = chunks * size - num_tokens
   x_CxSxD = jnp.pad(x_NxD, ((0, pad), (0, 0))).reshape(chunks, size, -1)
   valid_CxS = jnp.pad(valid_N, (0, pad)).reshape(chunks, size)

@@ -32,7 +32,9 @@ def route(x_NxD: jax.Array, kernel_DxE: jax.Array, bias_E: jax.Array, config: Mo
   if config.n_group > 1:
     choice_NxE = _limit_to_groups(choice_NxE, config.n_group, config.topk_group)
   _, ids_NxK = jax.lax.top_k(choice_NxE, config.num_experts_per_tok)
-  weights_NxK = jnp.take_along_axis(scores_NxE, ids_NxK, axis=-1)
+  # A gather's backward pass would be a scatter, which a TPU does one element after the other.
+  taken_NxKxE = ids_NxK[..., None] == jnp.arange(config.num_experts)
+  weights_NxK = jnp.where(taken_NxKxE, scores_NxE[:, None], 0).sum(axis=-1)
   if config.norm_topk_prob and config.num_experts_per_tok > 1:
     weights_NxK = weights_NxK / (weights_NxK.sum(axis=-1, keepdims=True) + 1e-20)
   return Routing(ids_NxK.astype(jnp.int32), weights_NxK * config.routed_scaling_factor)
@@ -42,9 +44,14 @@ def _limit_to_groups(choice_NxE: jax.Array, n_group: int, topk_group: int) -> ja
   """-inf for experts outside of the `topk_group` best groups (not 0: biased scores may be negative)."""
   N, E = choice_NxE.shape
   grouped_NxGxe = choice_NxE.reshape(N, n_group, E // n_group)
-  best_two_NxG = jax.lax.top_k(grouped_NxGxe, 2)[0].sum(axis=-1)
-  _, kept_NxP = jax.lax.top_k(best_two_NxG, topk_group)
-  keep_NxG = jax.nn.one_hot(kept_NxP, n_group, dtype=jnp.bool_).any(axis=1)
+  best_NxG = grouped_NxGxe.max(axis=-1)
+  is_best_NxGxe = jnp.arange(E // n_group) == grouped_NxGxe.argmax(axis=-1)[..., None]
+  score_NxG = best_NxG + jnp.where(is_best_NxGxe, -jnp.inf, grouped_NxGxe).max(axis=-1)
+  # How many groups go before each; of equal ones the first, as in a top-k, which the TPU would do by sorting.
+  earlier_GxG = jnp.tri(n_group, k=-1, dtype=bool)
+  mine_NxGx1, theirs_Nx1xG = score_NxG[..., None], score_NxG[:, None]
+  before_NxGxG = (theirs_Nx1xG > mine_NxGx1) | ((theirs_Nx1xG == mine_NxGx1) & earlier_GxG)
+  keep_NxG = before_NxGxG.sum(axis=-1) < topk_group
   return jnp.where(keep_NxG[..., None], grouped_NxGxe, -jnp.inf).reshape(N, E)
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from configs.schema import ModelConfig, Remat
 from kernels.attention import DenseCache
@@ -25,7 +26,17 @@ from ring_jax.model.layers import MLP, RMSNorm, normal, rotary_tables, weight
 from ring_jax.model.moe import MoE
 from sharding import rules
 
-_REMAT_POLICY = {Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable, Remat.FULL: None}
+_INPUT = "layer_input"
+_REMAT_POLICY = {
+  Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  Remat.FULL: None,
+  Remat.OFFLOAD: jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+  ),
+}
 
 
 class ForwardOutput(NamedTuple):
@@ -147,6 +158,7 @@ class RingModel(nnx.Module):
       graph, stacked = nnx.split(stack)
 
       def layer(x, params, graph=graph):
+        x = checkpoint_name(x, _INPUT)
         x, counts_E, kv = nnx.merge(graph, params)(x, rotary, segment_ids_BxT)
         return x, (counts_E, kv if return_kv else None)
 

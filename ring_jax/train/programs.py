@@ -20,6 +20,7 @@ from configs.schema import Memory, RunConfig
 from kernels.icepop import policy_loss
 from kernels.linear_logprob import linear_logprob
 from ring_jax.model import Params, forward, is_router_bias, updated_bias
+from ring_jax.train import layerwise
 from sharding import rules
 
 
@@ -166,9 +167,14 @@ class Programs:
 
   def _apply(self, params: Params, opt_state: Any, grads: Params, phase: str):
     """The optimizer's step; returns (params, opt_state, gradient norm before clipping)."""
-    opt_state = jax.device_put(opt_state, jax.memory.Space.Device)
-    updates, opt_state = self._optimizers[phase].update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), self._put_away(opt_state, phase), optax.global_norm(grads)
+    norm = optax.global_norm(grads)
+    if self._waits_at_host(phase):
+      clip = getattr(self._config, phase).optimizer.grad_clip
+      params, opt_state = layerwise.update(self._optimizers[phase], params, opt_state, grads, norm, clip)
+    else:
+      updates, opt_state = self._optimizers[phase].update(grads, opt_state, params)
+      params = optax.apply_updates(params, updates)
+    return params, opt_state, norm
 
   def _put_away(self, opt_state: Any, phase: str) -> Any:
     """To where the state waits for the next step."""

@@ -83,7 +83,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help():
     "bytes": {"temp": 6 << 30, "resident": 8 << 30},
   }
   says = fit.advice({"program": "train_step", "programs": [program]}, config)
-  assert "4.00 GiB more" in says and "moe_chunks" in says and "rl.optimizer.memory=host (8.00 GiB)" in says
+  assert "4.00 GiB more" in says and "moe_chunk" in says and "rl.optimizer.memory=host (8.00 GiB)" in says
 
 
 def test_flops_follow_the_published_active_parameters():

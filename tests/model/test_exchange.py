@@ -25,7 +25,7 @@ CASES = {
   "all_to_all, small buffers": ParallelConfig(MeshConfig(expert=8), expert_parallel="all_to_all", expert_buffer=0.1),
   "ragged": ParallelConfig(MeshConfig(expert=4, tensor=2), expert_parallel="ragged_all_to_all", expert_buffer=4.0),
   "ragged, small buffers": ParallelConfig(MeshConfig(expert=8), expert_parallel="ragged_all_to_all", expert_buffer=0.3),
-  "chunks": ParallelConfig(MeshConfig(fsdp=2, expert=2, tensor=2), expert_parallel="all_to_all", moe_chunks=5),
+  "chunks": ParallelConfig(MeshConfig(fsdp=2, expert=2, tensor=2), expert_parallel="all_to_all", moe_chunk=5),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 from configs.ring_tiny import get_config
 from configs.schema import ConfigError, ExpertParallel, MeshConfig, PackingConfig, ParallelConfig, Remat, ShardingRules
 from ring_jax import model as ring_model
+from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.programs import Programs, RLFields, Tokens
 from rollout.engine import Insertion, RingEngine, Sampling
 from sharding.mesh import make_mesh
@@ -127,9 +128,12 @@ def decoded(parallel, params, mesh=None, dtype="float32"):
   return jax.device_get((first, second))
 
 
-@pytest.mark.parametrize("name", ["data fsdp tensor", "data expert tensor"])
-def test_rollouts_are_those_of_one_device(name, params):
-  parallel = MESHES[name]
+WHOLE = ShardingRules(embed=())  # what the pods' rollouts use: nothing but experts is gathered
+
+
+@pytest.mark.parametrize("name, cut", [("data fsdp tensor", ShardingRules()), ("data expert tensor", WHOLE)])
+def test_rollouts_are_those_of_one_device(name, cut, params):
+  parallel = dataclasses.replace(MESHES[name], rules=cut)
   dtype = "int8" if "expert" in name else "float32"
   got, want = decoded(parallel, params, make_mesh(parallel.mesh), dtype), decoded(ParallelConfig(), params, None, dtype)
   for ours, theirs in zip(got, want, strict=True):
@@ -165,7 +169,7 @@ def test_optimizer_state_can_wait_in_host_memory(params, batch):
   for memory in ("device", "host"):
     optimizer = dataclasses.replace(config.rl.optimizer, memory=memory)
     one = dataclasses.replace(config, rl=dataclasses.replace(config.rl, optimizer=optimizer))
-    programs = Programs(one, MASK, {"rl": optax.adam(1e-3)}, mesh)
+    programs = Programs(one, MASK, {"rl": make_optimizer(optimizer, 4)}, mesh)
     placed = jax.device_put(params, ring_model.param_shardings(config.model, mesh))
     state = programs.init_optimizer(placed, "rl")
     grads = programs.rl_gradients(placed, None, tokens, fields, False)[0].params
@@ -176,7 +180,9 @@ def test_optimizer_state_can_wait_in_host_memory(params, batch):
     assert kinds == ({"pinned_host"} if memory == "host" else {"device"})
     assert wanted in (kinds, {None}) if memory == "device" else wanted == kinds
     results.append(jax.device_get((placed, state)))
-  jax.tree.map(np.testing.assert_array_equal, *results)
+  # The one is compiled layer by layer, the other as a whole.
+  for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6 * max(np.abs(theirs).max(), 1e-12))
 
 
 @pytest.mark.parametrize(

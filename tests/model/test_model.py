@@ -78,7 +78,7 @@ def test_decode_repeats_the_forward_pass_token_by_token(params):
   close(cache.v_LxBxKxSxd[:, :B, :, :T], expected.kv.v_LxBxKxSxd)
 
 
-@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.FULL])
+@pytest.mark.parametrize("remat", [Remat.DOTS, Remat.FULL, Remat.OFFLOAD])
 def test_remat_changes_memory_not_numbers(params, remat):
   tokens = random_tokens(2, 8)
 

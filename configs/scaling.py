@@ -1,0 +1,65 @@
+"""A run's config for more devices, and for a length."""
+
+import dataclasses
+
+from configs.parallel import ExpertParallel, MeshConfig, ParallelConfig, ShardingRules
+from configs.schema import Memory, Remat, RunConfig, YarnConfig
+
+# What an MoE layer handles at a time: tokens times their width.
+_CHUNK_NUMBERS = 4096 * 2048
+
+
+def spread(config: RunConfig, *, fsdp: int, expert: int, slots: int = 0, small: bool = False) -> RunConfig:
+  """The run on fsdp x expert devices: a row of tokens each in training, whole weights but for the experts in rollouts.
+
+  More rows are more microbatches, not more memory.  The engine gathers nothing at each token but the experts that
+  `fsdp` cuts.
+
+  Args:
+    slots: of the engine; default: the config's.  Rounded up to a multiple of the devices.
+    small: spend time to save memory: optimizer state and layer inputs wait in host memory.
+  """
+  devices = fsdp * expert
+  train = ParallelConfig(
+    MeshConfig(fsdp=fsdp, expert=expert),
+    expert_parallel=ExpertParallel.ALL_TO_ALL if expert > 1 else ExpertParallel.LOCAL,
+    moe_chunk=max(_CHUNK_NUMBERS // config.model.hidden_size, 1),
+  )
+  model = dataclasses.replace(config.model, parallel=train, remat=Remat.OFFLOAD if small else config.model.remat)
+  slots = _rounded(slots or config.rollout.slots, devices)
+  rollout = dataclasses.replace(
+    config.rollout,
+    parallel=dataclasses.replace(train, rules=ShardingRules(embed=())),
+    slots=slots,
+    pool=max(config.rollout.pool, slots),
+    prefill_batch=_rounded(config.rollout.prefill_batch, devices),
+  )
+  rl = config.rl
+  if small:
+    rl = dataclasses.replace(rl, optimizer=dataclasses.replace(rl.optimizer, memory=Memory.HOST))
+  return dataclasses.replace(
+    config,
+    model=model,
+    rl=rl,
+    rollout=rollout,
+    packing=dataclasses.replace(config.packing, rows=devices),
+    eval=dataclasses.replace(config.eval, slots=_rounded(config.eval.slots, devices)),
+  )
+
+
+def at_length(config: RunConfig, length: int) -> RunConfig:
+  """The run with rollouts and rows of `length` tokens, prompt and answer together; by YaRN beyond the model's own."""
+  model, own = config.model, config.model.max_position_embeddings
+  if length > own:
+    scaling = YarnConfig(factor=length / own, original_max_position_embeddings=own)
+    model = dataclasses.replace(model, rope_scaling=scaling, max_position_embeddings=length)
+  return dataclasses.replace(
+    config,
+    model=model,
+    rollout=dataclasses.replace(config.rollout, max_tokens=length - config.rollout.max_prompt_tokens),
+    packing=dataclasses.replace(config.packing, length=length),
+  )
+
+
+def _rounded(value: int, parts: int) -> int:
+  return -(-value // parts) * parts

@@ -1,0 +1,155 @@
+"""Memory of a program by formula, a device: what is searched with, where the compiler would take minutes.
+
+    parameters, optimizer, gradients, kv_cache, batch     exact: from the abstract trees, like the compiler's arguments
+    temp                                                  an estimate: the most that is alive at one moment
+
+In a training step a moment is one of: the loss, a dense layer, an MoE layer.  Everything that is alive then counts: the
+inputs of all layers where they are kept, a layer's gathered weights (twice, as the next one's are fetched meanwhile) and
+their gradients, and its activations, in units of one array of tokens times width.  The numbers of such units are read off
+compiled programs; tests hold the sum of all kinds to within 10% of the compiler's for every preset (docs/sharding.md).
+
+Dimension key: N tokens of a device, D hidden, H heads, K key heads, d head dim, F feed-forward width, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
+
+from configs.parallel import AXES, ParallelConfig
+from configs.schema import Memory, ModelConfig, Remat, RunConfig
+from ring_jax import model as ring_model
+from ring_jax.compiled.programs import Kind
+from ring_jax.compiled.report import device_bytes
+from ring_jax.model.attention import cache_axes, init_cache
+from rollout import engine, weights
+from sharding import rules
+
+_NAMES = {Kind.TRAIN_STEP: ("gradients", "update")}
+
+
+def total(config: RunConfig, kind: Kind) -> int:
+  """Bytes of the program of a kind that needs the most."""
+  return max(sum(of(config, kind, name).values()) for name in _NAMES.get(kind, (str(kind),)))
+
+
+def of(config: RunConfig, kind: Kind, name: str) -> dict[str, int]:
+  """Bytes by what they are, as in `report.Report`, of one program."""
+  if kind is Kind.TRAIN_STEP:
+    return _gradients(config) if name == "gradients" else _update(config)
+  return _rollout(config, kind)
+
+
+def _mesh(parallel: ParallelConfig) -> AbstractMesh:
+  return AbstractMesh(parallel.mesh.sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def _gradients(config: RunConfig) -> dict[str, int]:
+  parallel = config.model.parallel
+  params = device_bytes(ring_model.abstract_params(config.model, _mesh(parallel)))
+  tokens = config.packing.rows * config.packing.length // parallel.batch_parts
+  waits = config.rl.optimizer.memory is Memory.HOST
+  return {
+    "parameters": params,
+    "batch": 9 * 4 * tokens,
+    "output": params,  # the gradients
+    "resident": 0 if waits else 2 * params,
+    "temp": _training_temp(config.model, tokens),
+  }
+
+
+def _update(config: RunConfig) -> dict[str, int]:
+  params = device_bytes(ring_model.abstract_params(config.model, _mesh(config.model.parallel)))
+  return {"parameters": params, "optimizer": 2 * params, "gradients": params, "temp": 0}
+
+
+def _training_temp(model: ModelConfig, tokens: int) -> int:
+  size, width = jnp.dtype(model.dtype).itemsize, model.hidden_size
+  row = size * tokens * width  # one array of tokens times width
+  kept = 2 if model.remat is Remat.OFFLOAD else model.num_hidden_layers
+  # XLA casts the weights of all layers before it runs the first.
+  cast = size * _layer_params(model) if model.param_dtype != model.dtype else 0
+  head = model.vocab_size * width * size // model.parallel.mesh.tensor
+  dense, moe = _layer_temp(model, tokens, False), _layer_temp(model, tokens, True)
+  return kept * row + cast + max(3 * head + 4 * row, dense, moe)
+
+
+def _layer_params(model: ModelConfig) -> int:
+  """Numbers of all layers' weights on a device."""
+  layers = ring_model.abstract_params(model, _mesh(model.parallel))
+  return (
+    sum(device_bytes(layers.get(name, {})) for name in ("dense_layers", "moe_layers"))
+    // jnp.dtype(model.param_dtype).itemsize
+  )
+
+
+def _layer_temp(model: ModelConfig, tokens: int, moe: bool) -> int:
+  """Of a layer's forward and backward pass."""
+  size, mesh = jnp.dtype(model.dtype).itemsize, model.parallel.mesh
+  row = size * tokens * model.hidden_size
+  heads = size * tokens * model.num_attention_heads * model.head_dim // mesh.tensor
+  if moe:
+    chunk = min(model.parallel.moe_chunk or tokens, tokens)
+    rows = math.ceil(chunk * model.num_experts_per_tok * model.parallel.expert_buffer)
+    buffers = size * rows * (8 * model.hidden_size + 8 * model.moe_intermediate_size // mesh.tensor)
+  else:
+    buffers = 8 * size * tokens * model.intermediate_size // mesh.tensor
+  return 8 * row + 8 * heads + buffers + 4 * _gathered(model, moe)
+
+
+def _gathered(model: ModelConfig, moe: bool) -> int:
+  """One layer's weights as it multiplies by them."""
+  attention = 2 * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
+  feed = 3 * model.intermediate_size
+  if moe:
+    feed = (
+      3 * model.moe_intermediate_size * (model.num_experts // model.parallel.mesh.expert + model.num_shared_experts)
+    )
+  numbers = model.hidden_size * (attention + feed) // model.parallel.mesh.tensor
+  return jnp.dtype(model.dtype).itemsize * numbers
+
+
+def _rollout(config: RunConfig, kind: Kind) -> dict[str, int]:
+  """Prefill, decode, and the hand-over, which holds both forms of the weights."""
+  rollout = config.rollout
+  model = dataclasses.replace(
+    config.model,
+    dtype=weights.compute_dtype(rollout.dtype, config.model.dtype),
+    parallel=rollout.parallel or config.model.parallel,
+  )
+  mesh = _mesh(model.parallel)
+  pack = functools.partial(weights.pack, dtype=rollout.dtype)
+  with jax.sharding.use_abstract_mesh(mesh):
+    stored = device_bytes(jax.eval_shape(pack, ring_model.abstract_params(model, mesh)))
+  if kind is Kind.TRANSFER:
+    trained = device_bytes(ring_model.abstract_params(config.model, _mesh(config.model.parallel)))
+    return {"parameters": trained, "output": stored, "temp": 0}
+  length = engine.bucket(rollout.max_len)
+  cache = jax.eval_shape(lambda: init_cache(model, rollout.slots, length, min(rollout.page_size, length)))
+  held = device_bytes(jax.tree.map(
+    lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.named(mesh, model.parallel.rules, axes)),
+    cache, cache_axes(cache),
+  ))  # fmt: skip
+  if kind is Kind.DECODE:
+    return {"parameters": stored, "kv_cache": held, "temp": _decode_temp(model, rollout.slots)}
+  rows = rollout.prefill_batch // model.parallel.batch_parts
+  prefix = held * rollout.prefill_batch // rollout.slots
+  return {
+    "parameters": stored,
+    "resident": held,
+    "output": prefix,
+    "temp": _prefill_temp(model, rows * length) + prefix,
+  }
+
+
+def _decode_temp(model: ModelConfig, slots: int) -> int:
+  """Logits in float32 and what sampling makes of them; a layer's gathered experts."""
+  logits = 4 * slots // model.parallel.batch_parts * model.vocab_size // model.parallel.mesh.tensor
+  return 4 * logits + 2 * _gathered(model, True)
+
+
+def _prefill_temp(model: ModelConfig, tokens: int) -> int:
+  return _layer_temp(model, tokens, True) // 2
