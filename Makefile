@@ -16,7 +16,7 @@ export MALLOC_TOP_PAD_ ?= 268435456
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: train think test test-tpu parity lint bench clean help
+.PHONY: train think test test-tpu test-pods parity lint bench clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ test: $(VENV)/test.stamp  ## all tests
 
 test-tpu: $(VENV)/test.stamp  ## the kernels at real shapes, by the TPU compiler for every chip (no TPU needed)
 	$(RUN) -m pytest -n 2 --dist worksteal -m "tpu or tpu_full" tests
+
+test-pods: $(VENV)/test.stamp  ## Ring-mini, Ring-flash and Ring-1T compiled whole for their pods, by the TPU compiler (no TPU needed)
+	$(RUN) -m pytest -n 2 --dist worksteal -m pods tests
 
 parity: $(VENV)/test.stamp  ## compare with PyTorch, transformers and vLLM; the report is parity_report/report.html
 	$(RUN) -m parity.run --suite=all --report=parity_report

@@ -159,10 +159,26 @@ class RingEngine(engine_api.Engine):
   # ---- weights and state
 
   def load_params(self, params: ring_model.Params) -> dict[str, Any]:
-    """The trainer's parameters as this engine stores and lays them out."""
-    if self._mesh is not None:
-      params = jax.device_put(params, ring_model.param_shardings(self.model, self._mesh))
-    return self.programs.pack(params)
+    """The trainer's parameters as this engine stores and lays them out.
+
+    On the same devices in the same order it is one program, and what travels is cast or quantised already.
+    """
+    if self._mesh is None:
+      return self.programs.pack(params)
+    source = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    if isinstance(source, jax.sharding.NamedSharding) and [*source.mesh.devices.flat] == [*self._mesh.devices.flat]:
+      return self.transfer(params)
+    return self.programs.pack(jax.device_put(params, ring_model.param_shardings(self.model, self._mesh)))
+
+  def abstract_stored(self) -> dict[str, Any]:
+    """The weights as the engine stores them: shapes and shardings."""
+    return self.programs.pack.shapes(ring_model.abstract_params(self.model, self._mesh))
+
+  @functools.cached_property
+  def transfer(self) -> Any:
+    """The program from the trainer's parameters, however they lie on the engine's devices."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_stored())
+    return jax.jit(functools.partial(weights.pack, dtype=self.config.dtype), out_shardings=shardings)
 
   def init_decode_state(self) -> DecodeState:
     return self.programs.empty()

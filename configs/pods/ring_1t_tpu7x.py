@@ -1,4 +1,4 @@
-"""Ring-1T on 128 chips of TPU7x, two devices each: --topology=tpu7x:4x4x8.
+"""Ring-1T on 64 chips of TPU7x, two devices each: --topology=tpu7x:4x4x4.
 
   python -m ring_jax.launch.train --config=configs/pods/ring_1t_tpu7x.py --workdir=SHARED --config.init=DIR \
     --config.tokenizer.path=DIR
@@ -8,8 +8,8 @@ from configs import ring_1t
 from configs.pods import on_pod
 from configs.schema import RunConfig
 
-TOPOLOGY = "tpu7x:4x4x8"
+TOPOLOGY = "tpu7x:4x4x4"
 
 
 def get_config() -> RunConfig:
-  return on_pod(ring_1t.get_config(), fsdp=4, expert=64, slots=256, small=True)
+  return on_pod(ring_1t.get_config(), fsdp=2, expert=64, slots=128, small=True)

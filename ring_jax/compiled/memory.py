@@ -3,17 +3,14 @@
     parameters, optimizer, gradients, kv_cache, batch     exact: from the abstract trees, like the compiler's arguments
     temp                                                  an estimate: the most that is alive at one moment
 
-In a training step a moment is one of: the loss, a dense layer, an MoE layer.  Everything that is alive then counts: the
-inputs of all layers where they are kept, a layer's gathered weights (twice, as the next one's are fetched meanwhile) and
-their gradients, and its activations, in units of one array of tokens times width.  The numbers of such units are read off
-compiled programs; tests hold the sum of all kinds to within 10% of the compiler's for every preset (docs/sharding.md).
-
-Dimension key: N tokens of a device, D hidden, H heads, K key heads, d head dim, F feed-forward width, V vocabulary.
+In a training step that is: the inputs of all layers where they are kept; the layers' weights, all cast before the first
+runs; and of one layer, forward and backward, its activations in units of one array of tokens times width, and its weights
+as they are multiplied, with their gradients.  How many units was read off compiled programs of the presets, and tests hold
+the sum of all kinds to within 10% of the compiler's for every one of them (docs/sharding.md).
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +25,8 @@ from ring_jax.model.attention import cache_axes, init_cache
 from rollout import engine, weights
 from sharding import rules
 
+# What is alive of a layer at once, in arrays of tokens times width.
+_TRAINING_ROWS, _PREFILL_ROWS = 20, 12
 _NAMES = {Kind.TRAIN_STEP: ("gradients", "update")}
 
 
@@ -62,53 +61,34 @@ def _gradients(config: RunConfig) -> dict[str, int]:
 
 
 def _update(config: RunConfig) -> dict[str, int]:
-  params = device_bytes(ring_model.abstract_params(config.model, _mesh(config.model.parallel)))
-  return {"parameters": params, "optimizer": 2 * params, "gradients": params, "temp": 0}
+  model = config.model
+  params = device_bytes(ring_model.abstract_params(model, _mesh(model.parallel)))
+  if config.rl.optimizer.memory is Memory.DEVICE:
+    return {"parameters": params, "optimizer": 2 * params, "gradients": params, "temp": 0}
+  # The state comes layer by layer: two numbers each, before and after, and the next layer's meanwhile.
+  return {"parameters": params, "gradients": params, "temp": 8 * params // model.num_hidden_layers}
 
 
 def _training_temp(model: ModelConfig, tokens: int) -> int:
-  size, width = jnp.dtype(model.dtype).itemsize, model.hidden_size
-  row = size * tokens * width  # one array of tokens times width
-  kept = 2 if model.remat is Remat.OFFLOAD else model.num_hidden_layers
-  # XLA casts the weights of all layers before it runs the first.
-  cast = size * _layer_params(model) if model.param_dtype != model.dtype else 0
-  head = model.vocab_size * width * size // model.parallel.mesh.tensor
-  dense, moe = _layer_temp(model, tokens, False), _layer_temp(model, tokens, True)
-  return kept * row + cast + max(3 * head + 4 * row, dense, moe)
+  row = jnp.dtype(model.dtype).itemsize * tokens * model.hidden_size
+  # Kept inputs take twice their size in compiled programs, for a reason that their text does not show.
+  kept = 2 if model.remat is Remat.OFFLOAD else 2 * model.num_hidden_layers
+  cast = _layers_bytes(model) if model.param_dtype != model.dtype else 0
+  return (kept + _TRAINING_ROWS) * row + cast + 6 * _gathered(model)
 
 
-def _layer_params(model: ModelConfig) -> int:
-  """Numbers of all layers' weights on a device."""
-  layers = ring_model.abstract_params(model, _mesh(model.parallel))
-  return (
-    sum(device_bytes(layers.get(name, {})) for name in ("dense_layers", "moe_layers"))
-    // jnp.dtype(model.param_dtype).itemsize
-  )
+def _layers_bytes(model: ModelConfig) -> int:
+  """All layers' weights on a device, as they are multiplied."""
+  params = ring_model.abstract_params(model, _mesh(model.parallel))
+  stored = sum(device_bytes(params.get(name, {})) for name in ("dense_layers", "moe_layers"))
+  return stored * jnp.dtype(model.dtype).itemsize // jnp.dtype(model.param_dtype).itemsize
 
 
-def _layer_temp(model: ModelConfig, tokens: int, moe: bool) -> int:
-  """Of a layer's forward and backward pass."""
-  size, mesh = jnp.dtype(model.dtype).itemsize, model.parallel.mesh
-  row = size * tokens * model.hidden_size
-  heads = size * tokens * model.num_attention_heads * model.head_dim // mesh.tensor
-  if moe:
-    chunk = min(model.parallel.moe_chunk or tokens, tokens)
-    rows = math.ceil(chunk * model.num_experts_per_tok * model.parallel.expert_buffer)
-    buffers = size * rows * (8 * model.hidden_size + 8 * model.moe_intermediate_size // mesh.tensor)
-  else:
-    buffers = 8 * size * tokens * model.intermediate_size // mesh.tensor
-  return 8 * row + 8 * heads + buffers + 4 * _gathered(model, moe)
-
-
-def _gathered(model: ModelConfig, moe: bool) -> int:
-  """One layer's weights as it multiplies by them."""
+def _gathered(model: ModelConfig) -> int:
+  """One MoE layer's weights as it multiplies by them."""
   attention = 2 * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
-  feed = 3 * model.intermediate_size
-  if moe:
-    feed = (
-      3 * model.moe_intermediate_size * (model.num_experts // model.parallel.mesh.expert + model.num_shared_experts)
-    )
-  numbers = model.hidden_size * (attention + feed) // model.parallel.mesh.tensor
+  experts = model.num_experts // model.parallel.mesh.expert + model.num_shared_experts
+  numbers = model.hidden_size * (attention + 3 * model.moe_intermediate_size * experts) // model.parallel.mesh.tensor
   return jnp.dtype(model.dtype).itemsize * numbers
 
 
@@ -148,8 +128,8 @@ def _rollout(config: RunConfig, kind: Kind) -> dict[str, int]:
 def _decode_temp(model: ModelConfig, slots: int) -> int:
   """Logits in float32 and what sampling makes of them; a layer's gathered experts."""
   logits = 4 * slots // model.parallel.batch_parts * model.vocab_size // model.parallel.mesh.tensor
-  return 4 * logits + 2 * _gathered(model, True)
+  return 4 * logits + 2 * _gathered(model)
 
 
 def _prefill_temp(model: ModelConfig, tokens: int) -> int:
-  return _layer_temp(model, tokens, True) // 2
+  return _PREFILL_ROWS * jnp.dtype(model.dtype).itemsize * tokens * model.hidden_size + 2 * _gathered(model)

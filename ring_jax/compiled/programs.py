@@ -9,7 +9,6 @@ Nothing is allocated: arguments are shapes with shardings, taken from the abstra
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from configs.schema import Enum, RunConfig
 from ring_jax import model as ring_model
 from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.programs import Programs, RLFields, Tokens
-from rollout import weights
 from rollout.engine import RingEngine
 from sharding.mesh import make_mesh
 
@@ -80,19 +78,18 @@ def _train_step(config: RunConfig, devices: Sequence[Any]) -> Iterator[Unit]:
   )  # fmt: skip
 
 
-def _engine(config: RunConfig, devices: Sequence[Any]) -> tuple[RingEngine, Any, Any]:
-  """The engine, the trainer's weights in its layout, and the weights as it stores them."""
+def _engine(config: RunConfig, devices: Sequence[Any]) -> tuple[RingEngine, Any]:
+  """The engine, and the weights as it stores them."""
   parallel = config.rollout.parallel or config.model.parallel
   mesh = make_mesh(parallel.mesh, devices)
   engine = RingEngine(
     config.model, config.rollout, eos_ids=(0,), vocab_mask_V=np.ones(config.model.vocab_size, bool), seed=0, mesh=mesh
   )
-  params = ring_model.abstract_params(engine.model, mesh)
-  return engine, params, engine.programs.pack.shapes(params)
+  return engine, engine.abstract_stored()
 
 
 def _prefill(config: RunConfig, devices: Sequence[Any]) -> Unit:
-  engine, _, stored = _engine(config, devices)
+  engine, stored = _engine(config, devices)
   rows = config.rollout.prefill_batch
   tokens = jax.ShapeDtypeStruct((rows, engine.max_prefill_length), jnp.int32)
   lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
@@ -101,7 +98,7 @@ def _prefill(config: RunConfig, devices: Sequence[Any]) -> Unit:
 
 
 def _decode(config: RunConfig, devices: Sequence[Any]) -> Unit:
-  engine, _, stored = _engine(config, devices)
+  engine, stored = _engine(config, devices)
   state = engine.abstract_decode_state()
   lowered = engine.programs.decode.lower(stored, state, config.rollout.steps_per_dispatch)
   return Unit("decode", lowered, {"parameters": stored, "kv_cache": state.cache}, {})
@@ -109,8 +106,6 @@ def _decode(config: RunConfig, devices: Sequence[Any]) -> Unit:
 
 def _transfer(config: RunConfig, devices: Sequence[Any]) -> Unit:
   """From the trainer's layout to the engine's, on the same devices: cast or quantised before it travels."""
-  _, _, stored = _engine(config, devices)
+  engine, _ = _engine(config, devices)
   params = ring_model.abstract_params(config.model, make_mesh(config.model.parallel.mesh, devices))
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, stored)
-  lowered = jax.jit(functools.partial(weights.pack, dtype=config.rollout.dtype), out_shardings=shardings).lower(params)
-  return Unit("transfer", lowered, {"parameters": params}, {})
+  return Unit("transfer", engine.transfer.lower(params), {"parameters": params}, {})

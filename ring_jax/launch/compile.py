@@ -24,7 +24,7 @@ from configs.schema import RunConfig
 from ring_jax.compiled import fit, layout
 from ring_jax.compiled.programs import Kind, lower
 from ring_jax.launch import app
-from sharding.hardware import chip_named
+from sharding.hardware import CHIPS
 from sharding.topology import Topology
 
 FLAGS = flags.FLAGS
@@ -43,10 +43,10 @@ def define_flags() -> None:
 def main(config: RunConfig) -> None:
   if FLAGS.length:
     config = at_length(config, FLAGS.length)
-  if ":" in FLAGS.topology:
-    found = _compiled(config, Topology.parse(FLAGS.topology))
-  else:
+  if FLAGS.topology in CHIPS:
     found = _smallest(config)
+  else:
+    found = _compiled(config, Topology.parse(FLAGS.topology))
   if FLAGS.report:
     folder = pathlib.Path(FLAGS.report)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def _say(text: str) -> None:
 
 def _smallest(config: RunConfig) -> dict[str, Any]:
   """The report of the smallest slice that the compiler says fits, with those that the formula ruled out."""
-  tried = layout.candidates(config, FLAGS.program, chip_named(FLAGS.topology))
+  tried = layout.candidates(config, FLAGS.program, CHIPS[FLAGS.topology])
   limit = tried[-1].topology.chip.hbm_bytes
   for one in tried:
     _say(f"{one.topology}: {one.hbm_bytes / 2**30:.1f} of {limit / 2**30:.1f} GiB by formula")

@@ -11,9 +11,12 @@ import jax
 import pytest
 
 from configs import ring_1t, ring_flash, ring_mini, ring_tiny
+from configs.loading import override
+from configs.schema import ConfigError
 from ring_jax.compiled import fit, flops, layout
 from ring_jax.compiled.programs import Kind, lower
 from sharding import hlo
+from sharding.hardware import chip_named
 from sharding.topology import Topology
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -67,11 +70,29 @@ def test_mistakes_are_one_line():
 @pytest.mark.parametrize("module", [ring_mini, ring_flash, ring_1t])
 @pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:16x16", "2*v5p:8x8x8"])
 def test_the_default_mesh_uses_every_device_and_can_be_said_by_overrides(module, topology):
-  topology = Topology.parse(topology)
-  config, overrides = layout.laid_out(module.get_config(), topology)
+  topology, before = Topology.parse(topology), module.get_config()
+  config, overrides = layout.laid_out(before, topology)
   assert config.model.parallel.mesh.num_devices == topology.num_devices and config.packing.rows == topology.num_devices
-  assert overrides["model.parallel.mesh.expert"] == config.model.parallel.mesh.expert
+  assert override(before, overrides) == config
   assert layout.laid_out(config, topology) == (config, {})
+
+
+def test_the_smallest_slice_is_searched_by_formula():
+  found = layout.candidates(ring_mini.get_config(), Kind.TRAIN_STEP, chip_named("v5e"))
+  assert [str(one.topology) for one in found] == ["v5e:2x2", "v5e:2x4", "v5e:4x4"]
+  assert [one.fits for one in found] == [False, False, True]
+  assert found[0].hbm_bytes > found[1].hbm_bytes > found[2].hbm_bytes
+  assert [str(one) for one in layout.from_slice(found[2].topology)][:2] == ["v5e:4x4", "v5e:4x8"]
+  with pytest.raises(ConfigError, match=r"train_step fits no slice of v5e; v5e:16x16 would need .* GiB a device"):
+    layout.candidates(ring_1t.get_config(), Kind.TRAIN_STEP, chip_named("v5e"))
+
+
+@pytest.mark.tpu
+def test_the_command_finds_the_smallest_slice(tmp_path):
+  done = command("--topology=v5e", "--program=transfer", "--length=128", "--json")
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert found["fits"] and found["topology"] == "v5e:2x2" and found["by_formula"]["v5e:2x2"] > 0
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would_help():

@@ -116,7 +116,10 @@ def decoded(parallel, params, mesh=None, dtype="float32"):
   engine = RingEngine(
     dataclasses.replace(MODEL, parallel=parallel), config, eos_ids=(3,), vocab_mask_V=MASK, seed=7, mesh=mesh
   )
-  stored = engine.load_params(jax.device_put(params))
+  if mesh is not None:  # as the trainer has them
+    trainer = dataclasses.replace(parallel, rules=ShardingRules())
+    params = jax.device_put(params, ring_model.param_shardings(dataclasses.replace(MODEL, parallel=trainer), mesh))
+  stored = engine.load_params(params)
   rng = np.random.default_rng(5)
   prompts = [rng.integers(0, 250, length).tolist() for length in (5, 9, 3, 12, 7, 1, 16, 4)]
   draws = [Sampling(0.7, 1.0, 0, 7), Sampling(1.0, 0.8, 0, 7), Sampling(1.0, 1.0, 5, 7)]
