@@ -9,15 +9,18 @@ from configs.schema import Memory, Remat, RunConfig, YarnConfig
 _CHUNK_NUMBERS = 4096 * 2048
 
 
-def spread(config: RunConfig, *, fsdp: int, expert: int, slots: int = 0, small: bool = False) -> RunConfig:
-  """The run on fsdp x expert devices: a row of tokens each in training, whole weights but for the experts in rollouts.
+def spread(
+  config: RunConfig, *, fsdp: int, expert: int, slots: int = 0, small: bool = False, whole: bool = True
+) -> RunConfig:
+  """The run on fsdp x expert devices, each with a row of tokens in training.
 
-  More rows are more microbatches, not more memory.  The engine gathers nothing at each token but the experts that
-  `fsdp` cuts.
+  More rows are more microbatches, not more memory.
 
   Args:
     slots: of the engine; default: the config's.  Rounded up to a multiple of the devices.
     small: spend time to save memory: optimizer state and layer inputs wait in host memory.
+    whole: every device of the engine has all weights but the experts', so that it gathers none at each token; else they
+      are cut over fsdp.
   """
   devices = fsdp * expert
   train = ParallelConfig(
@@ -29,7 +32,7 @@ def spread(config: RunConfig, *, fsdp: int, expert: int, slots: int = 0, small: 
   slots = _rounded(slots or config.rollout.slots, devices)
   rollout = dataclasses.replace(
     config.rollout,
-    parallel=dataclasses.replace(train, rules=ShardingRules(embed=())),
+    parallel=dataclasses.replace(train, rules=ShardingRules(embed=() if whole else ("fsdp",))),
     slots=slots,
     pool=max(config.rollout.pool, slots),
     prefill_batch=_rounded(config.rollout.prefill_batch, devices),

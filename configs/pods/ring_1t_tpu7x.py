@@ -12,4 +12,4 @@ TOPOLOGY = "tpu7x:4x4x4"
 
 
 def get_config() -> RunConfig:
-  return on_pod(ring_1t.get_config(), fsdp=2, expert=64, slots=128, small=True)
+  return on_pod(ring_1t.get_config(), fsdp=2, expert=64, slots=128, small=True, whole=False)
