@@ -5,6 +5,9 @@ WORKDIR ?= runs/ring_tiny
 CONFIG  ?= configs/ring_tiny.py
 VENV    := .venv
 RUN     := $(VENV)/bin/python
+PYTEST  := $(RUN) -m pytest -n 2 --dist worksteal
+# Tests that spend their time in XLA and not in what it makes: they are compiled without optimisation.
+COMPILE_BOUND := tests/model tests/train/test_programs.py
 
 # The toy runs are for the CPU, also on a machine that has an accelerator: JAX_PLATFORMS= make train takes that one.
 export JAX_PLATFORMS ?= cpu
@@ -30,13 +33,16 @@ think: $(VENV)/train.stamp  ## the same with a reasoning trace inside <think>, o
 test: $(VENV)/test.stamp  ## all tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(RUN) -m pytest -n 2 --dist worksteal tests
+	failed=0; \
+	XLA_FLAGS="$(XLA_FLAGS) --xla_backend_optimization_level=0" $(PYTEST) $(COMPILE_BOUND) || failed=1; \
+	$(PYTEST) $(COMPILE_BOUND:%=--ignore=%) tests || failed=1; \
+	exit $$failed
 
 test-tpu: $(VENV)/test.stamp  ## the kernels at real shapes, by the TPU compiler for every chip (no TPU needed)
-	$(RUN) -m pytest -n 2 --dist worksteal -m "tpu or tpu_full" tests
+	$(PYTEST) -m "tpu or tpu_full" tests
 
 test-pods: $(VENV)/test.stamp  ## Ring-mini, Ring-flash and Ring-1T compiled whole for their pods, by the TPU compiler (no TPU needed)
-	$(RUN) -m pytest -n 2 --dist worksteal -m pods tests
+	$(PYTEST) -m pods tests
 
 parity: $(VENV)/test.stamp  ## compare with PyTorch, transformers and vLLM; the report is parity_report/report.html
 	$(RUN) -m parity.run --suite=all --report=parity_report

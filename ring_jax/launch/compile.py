@@ -17,6 +17,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 from absl import flags
 
 from configs.scaling import at_length
@@ -41,6 +42,7 @@ def define_flags() -> None:
 
 
 def main(config: RunConfig) -> None:
+  jax.config.update("jax_enable_compilation_cache", False)  # what has no device cannot be read back from it
   if FLAGS.length:
     config = at_length(config, FLAGS.length)
   if FLAGS.topology in CHIPS:
