@@ -338,7 +338,7 @@ def test_a_large_model_needs_little_memory_and_survives_a_kill(tmp_path):
   report, peak = bench.run_convert(f"--source={tmp_path / 'hf'}", f"--target={tmp_path / '0'}", "--to=orbax")
   assert report["bytes"] == planned.bytes > 450_000_000
   largest = max(2 * int(np.prod(shape)) for shape in planned.shapes.values())
-  assert peak <= 2 * largest + 2**30 and peak - base < 400_000_000, (peak, base)
+  assert peak <= 2 * largest + 2**30 and peak - base < 450_000_000, (peak, base)
 
   command = [sys.executable, "-m", "ring_jax.launch.convert", f"--source={tmp_path / '0'}"]
   command += [f"--target={tmp_path / 'back'}", "--to=hf", "--max_shard_bytes=20000000"]
@@ -349,7 +349,7 @@ def test_a_large_model_needs_little_memory_and_survives_a_kill(tmp_path):
     process.send_signal(signal.SIGKILL)
   assert process.returncode == -signal.SIGKILL and not (tmp_path / "back").exists()
   report, peak = bench.run_convert(*command[3:])
-  assert report["kept_shards"] >= 1 and peak <= 2 * largest + 2**30 and peak - base < 400_000_000, (peak, base)
+  assert report["kept_shards"] >= 1 and peak <= 2 * largest + 2**30 and peak - base < 450_000_000, (peak, base)
   for file in (tmp_path / "hf").glob("*.safetensors"):
     for name, array in load_file(file).items():
       back = json.loads((tmp_path / "back" / INDEX).read_text())["weight_map"][name]
