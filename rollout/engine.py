@@ -129,11 +129,7 @@ class RingEngine(engine_api.Engine):
     if vocab_mask_V.shape != (model.vocab_size,):
       raise ValueError(f"vocab_mask_V has shape {vocab_mask_V.shape}, the model has {model.vocab_size} ids")
     self.config = config
-    self.model = dataclasses.replace(
-      model,
-      dtype=weights.compute_dtype(config.dtype, model.dtype),
-      parallel=config.parallel or model.parallel,
-    )
+    self.model = computed_model(model, config)
     self._rules, self._mesh = self.model.parallel.rules, mesh
     self.eos_ids = frozenset(eos_ids)
     self._eos = jnp.asarray(sorted(eos_ids), jnp.int32)
@@ -166,9 +162,12 @@ class RingEngine(engine_api.Engine):
     if self._mesh is None:
       return self.programs.pack(params)
     source = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    if isinstance(source, jax.sharding.NamedSharding) and [*source.mesh.devices.flat] == [*self._mesh.devices.flat]:
-      return self.transfer(params)
-    return self.programs.pack(jax.device_put(params, ring_model.param_shardings(self.model, self._mesh)))
+    together = isinstance(source, jax.sharding.NamedSharding) and np.array_equal(
+      source.mesh.devices.flat, self._mesh.devices.flat
+    )
+    if not together:
+      params = jax.device_put(params, ring_model.param_shardings(self.model, self._mesh))
+    return self.transfer(params)
 
   def abstract_stored(self) -> dict[str, Any]:
     """The weights as the engine stores them: shapes and shardings."""
@@ -392,6 +391,12 @@ def _inserted(cache: KVCache, prefix: Prefix, row_I: jax.Array, slot_I: jax.Arra
     return cache.insert(k_LxTxKxd, v_LxTxKxd, table_BxW[jnp.minimum(slot, slots - 1)], length), None
 
   return jax.lax.scan(one, cache, (row_I, slot_I))[0]
+
+
+def computed_model(model: ModelConfig, config: RolloutConfig) -> ModelConfig:
+  """The architecture as an engine computes it: in its dtype, on its mesh."""
+  dtype = weights.compute_dtype(config.dtype, model.dtype)
+  return dataclasses.replace(model, dtype=dtype, parallel=config.parallel or model.parallel)
 
 
 def bucket(size: int, smallest: int = _SMALLEST_BUCKET) -> int:

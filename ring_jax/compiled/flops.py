@@ -14,6 +14,7 @@ Causal attention over packed rows: a token sees half of its row on average; rows
 
 from configs.schema import ModelConfig, Remat, RunConfig
 from ring_jax.compiled.programs import Kind
+from rollout.engine import bucket
 
 
 def layer(model: ModelConfig, moe: bool, attended: float) -> float:
@@ -46,7 +47,7 @@ def of(config: RunConfig, kind: Kind, name: str) -> float:
     return config.packing.rows * config.packing.length * token / devices
   devices = (rollout.parallel or model.parallel).mesh.num_devices
   if kind is Kind.PREFILL:
-    length = 1 << (rollout.max_len - 1).bit_length()
+    length = bucket(rollout.max_len)
     return rollout.prefill_batch * length * forward(model, length / 2) / devices
   if kind is Kind.DECODE:
     token = forward(model, rollout.max_len) + head(model)

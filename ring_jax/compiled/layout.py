@@ -47,7 +47,6 @@ class Candidate:
   """A topology, and what the program would need of each of its devices."""
 
   topology: Topology
-  config: RunConfig
   hbm_bytes: int
 
   @property
@@ -55,10 +54,13 @@ class Candidate:
     return self.hbm_bytes <= self.topology.chip.hbm_bytes
 
 
+def _slices(chip: Chip) -> list[Topology]:
+  return [Topology.parse(f"{chip.name}:{shape}") for shape in _SLICES[chip.torus_dims]]
+
+
 def from_slice(topology: Topology) -> list[Topology]:
   """It, and the larger slices of its chip."""
-  shapes = [Topology(topology.chip, tuple(map(int, shape.split("x")))) for shape in _SLICES[topology.chip.torus_dims]]
-  return [one for one in shapes if one.num_devices >= topology.num_devices]
+  return [one for one in _slices(topology.chip) if one.num_devices >= topology.num_devices]
 
 
 def candidates(config: RunConfig, kind: Kind, chip: Chip) -> list[Candidate]:
@@ -68,13 +70,12 @@ def candidates(config: RunConfig, kind: Kind, chip: Chip) -> list[Candidate]:
     ConfigError: it fits none.
   """
   found = []
-  for shape in _SLICES[chip.torus_dims]:
-    topology = Topology.parse(f"{chip.name}:{shape}")
+  for topology in _slices(chip):
     try:
       changed, _ = laid_out(config, topology)
     except ConfigError:
       continue  # a width that so many devices do not divide
-    found.append(Candidate(topology, changed, memory.total(changed, kind)))
+    found.append(Candidate(topology, memory.total(changed, kind)))
     if found[-1].fits:
       return found
   needs = f"; {found[-1].topology} would need {found[-1].hbm_bytes / 2**30:.1f} GiB a device" if found else ""

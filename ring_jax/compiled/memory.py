@@ -9,7 +9,6 @@ as they are multiplied, with their gradients.  How many units was read off compi
 the sum of all kinds to within 10% of the compiler's for every one of them (docs/sharding.md).
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -95,11 +94,7 @@ def _gathered(model: ModelConfig) -> int:
 def _rollout(config: RunConfig, kind: Kind) -> dict[str, int]:
   """Prefill, decode, and the hand-over, which holds both forms of the weights."""
   rollout = config.rollout
-  model = dataclasses.replace(
-    config.model,
-    dtype=weights.compute_dtype(rollout.dtype, config.model.dtype),
-    parallel=rollout.parallel or config.model.parallel,
-  )
+  model = engine.computed_model(config.model, rollout)
   mesh = _mesh(model.parallel)
   pack = functools.partial(weights.pack, dtype=rollout.dtype)
   with jax.sharding.use_abstract_mesh(mesh):

@@ -78,18 +78,17 @@ def _train_step(config: RunConfig, devices: Sequence[Any]) -> Iterator[Unit]:
   )  # fmt: skip
 
 
-def _engine(config: RunConfig, devices: Sequence[Any]) -> tuple[RingEngine, Any]:
-  """The engine, and the weights as it stores them."""
+def _engine(config: RunConfig, devices: Sequence[Any]) -> RingEngine:
   parallel = config.rollout.parallel or config.model.parallel
   mesh = make_mesh(parallel.mesh, devices)
-  engine = RingEngine(
+  return RingEngine(
     config.model, config.rollout, eos_ids=(0,), vocab_mask_V=np.ones(config.model.vocab_size, bool), seed=0, mesh=mesh
   )
-  return engine, engine.abstract_stored()
 
 
 def _prefill(config: RunConfig, devices: Sequence[Any]) -> Unit:
-  engine, stored = _engine(config, devices)
+  engine = _engine(config, devices)
+  stored = engine.abstract_stored()
   rows = config.rollout.prefill_batch
   tokens = jax.ShapeDtypeStruct((rows, engine.max_prefill_length), jnp.int32)
   lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
@@ -98,7 +97,8 @@ def _prefill(config: RunConfig, devices: Sequence[Any]) -> Unit:
 
 
 def _decode(config: RunConfig, devices: Sequence[Any]) -> Unit:
-  engine, stored = _engine(config, devices)
+  engine = _engine(config, devices)
+  stored = engine.abstract_stored()
   state = engine.abstract_decode_state()
   lowered = engine.programs.decode.lower(stored, state, config.rollout.steps_per_dispatch)
   return Unit("decode", lowered, {"parameters": stored, "kv_cache": state.cache}, {})
@@ -106,6 +106,6 @@ def _decode(config: RunConfig, devices: Sequence[Any]) -> Unit:
 
 def _transfer(config: RunConfig, devices: Sequence[Any]) -> Unit:
   """From the trainer's layout to the engine's, on the same devices: cast or quantised before it travels."""
-  engine, _ = _engine(config, devices)
+  engine = _engine(config, devices)
   params = ring_model.abstract_params(config.model, make_mesh(config.model.parallel.mesh, devices))
   return Unit("transfer", engine.transfer.lower(params), {"parameters": params}, {})

@@ -9,6 +9,8 @@ transformation finds nothing left to clip.
     each stack of layers        layer after layer: state to the device, step, state back to the host
 """
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -33,15 +35,14 @@ def update(
 
   def step(params, state, grads):
     clipped = jax.tree.map(lambda leaf: jnp.where(norm < clip, leaf, leaf / norm * clip), grads)
-    updates, state = optimizer.update(clipped, _moved(state, jax.memory.Space.Device), params)
-    return optax.apply_updates(params, updates), _moved(state, jax.memory.Space.Host)
+    updates, state = optimizer.update(clipped, jax.device_put(state, jax.memory.Space.Device), params)
+    return optax.apply_updates(params, updates), jax.device_put(state, jax.memory.Space.Host)
 
   rest = names - set(_STACKS)
   parts = [step(*(_part(tree, names, rest) for tree in (params, opt_state, grads)))]
   for stack in sorted(names & set(_STACKS)):
     parts.append(_layer_by_layer(step, stack, *(_part(tree, names, {stack}) for tree in (params, opt_state, grads))))
-  new_params = {name: leaf for part, _ in parts for name, leaf in part.items()}
-  return new_params, _joined([state for _, state in parts])
+  return _joined(parts)
 
 
 def _layer_by_layer(step, stack: str, params: Params, state: Any, grads: Params) -> tuple[Params, Any]:
@@ -66,26 +67,15 @@ def _layer_by_layer(step, stack: str, params: Params, state: Any, grads: Params)
   return params, jax.tree.unflatten(tree, new)
 
 
-def _moved(state: Any, space: jax.memory.Space) -> Any:
-  return jax.tree.map(lambda leaf: jax.device_put(leaf, space), state)
-
-
 def _part(tree: Any, names: frozenset[str], wanted) -> Any:
   """The tree with only `wanted` of every parameter tree in it."""
-  if isinstance(tree, dict) and tree.keys() == names:
-    return {name: tree[name] for name in wanted}
-  if isinstance(tree, tuple):
-    children = [_part(child, names, wanted) for child in tree]
-    return type(tree)(*children) if hasattr(tree, "_fields") else tuple(children)
-  return tree
+  is_params = lambda node: isinstance(node, dict) and node.keys() == names  # noqa: E731
+  cut = lambda node: {name: node[name] for name in wanted} if is_params(node) else node  # noqa: E731
+  return jax.tree.map(cut, tree, is_leaf=is_params)
 
 
 def _joined(parts: list[Any]) -> Any:
   """The inverse of `_part`; what is not a parameter tree comes from the first."""
-  first = parts[0]
-  if isinstance(first, dict):
-    return {name: leaf for part in parts for name, leaf in part.items()}
-  if isinstance(first, tuple):
-    children = [_joined(list(group)) for group in zip(*parts, strict=True)]
-    return type(first)(*children) if hasattr(first, "_fields") else tuple(children)
-  return first
+  is_params = lambda node: isinstance(node, dict)  # noqa: E731
+  join = lambda *nodes: functools.reduce(operator.or_, nodes) if is_params(nodes[0]) else nodes[0]  # noqa: E731
+  return jax.tree.map(join, *parts, is_leaf=is_params)

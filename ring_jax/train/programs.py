@@ -148,7 +148,8 @@ class Programs:
     return self._accumulate(sums, loss_of, params)
 
   def _init_optimizer(self, params: Params, phase: str) -> Any:
-    return self._put_away(self._optimizers[phase].init(params), phase)
+    state = self._optimizers[phase].init(params)
+    return jax.device_put(state, jax.memory.Space.Host) if self._waits_at_host(phase) else state
 
   def abstract_optimizer(self, params: Params, phase: str) -> Any:
     """Shapes and shardings of the state for abstract parameters, for a restore."""
@@ -175,10 +176,6 @@ class Programs:
       updates, opt_state = self._optimizers[phase].update(grads, opt_state, params)
       params = optax.apply_updates(params, updates)
     return params, opt_state, norm
-
-  def _put_away(self, opt_state: Any, phase: str) -> Any:
-    """To where the state waits for the next step."""
-    return jax.device_put(opt_state, jax.memory.Space.Host) if self._waits_at_host(phase) else opt_state
 
   def _balance(self, params: Params, counts_LxE) -> Params:
     """Moves the selection biases by the load rule: SFT only, frozen in RL (papers.md 1.2)."""

@@ -1,13 +1,12 @@
 """The real models' programs for whole pods, compiled by the real TPU compiler: what docs/sharding.md says of them."""
 
 import dataclasses
-import pathlib
-import re
+import importlib
+import pkgutil
 
 import pytest
 
-from configs import ring_tiny
-from configs.loading import load
+from configs import pods, ring_tiny
 from configs.scaling import at_length
 from configs.schema import ExpertParallel, MeshConfig, PackingConfig, ParallelConfig
 from ring_jax.compiled import fit, flops, layout, memory
@@ -15,15 +14,14 @@ from ring_jax.compiled.programs import Kind, lower
 from sharding.hardware import chip_named
 from sharding.topology import Topology
 
-PODS = pathlib.Path(__file__).parents[2] / "configs" / "pods"
-NAMES = sorted(path.stem for path in PODS.glob("ring_*.py"))
+NAMES = sorted(module.name for module in pkgutil.iter_modules(pods.__path__))
 CONTEXT = 65_536
 
 
 def preset(name):
-  """Its config, and the topology that its first line names."""
-  path = PODS / f"{name}.py"
-  return load(path), Topology.parse(re.search(r'^TOPOLOGY = "(.*)"$', path.read_text(), re.MULTILINE)[1])
+  """Its config, and the topology that it names."""
+  module = importlib.import_module(f"configs.pods.{name}")
+  return module.get_config(), Topology.parse(module.TOPOLOGY)
 
 
 def reports(config, kind, topology):

@@ -1,7 +1,6 @@
 """A run is killed, stopped, refused, continued: whatever happens, it ends as the run that nothing happened to."""
 
 import json
-import os
 import pathlib
 import random
 import signal
@@ -10,6 +9,8 @@ import sys
 import time
 
 import pytest
+
+from tests.train.outcome import assert_same, final_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "tests/train/small_run.py"
@@ -20,10 +21,8 @@ def command(workdir, *overrides):
 
 
 def start(workdir, *overrides):
-  # Small programs too come from the cache: most of these processes compile nothing.
-  environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
   return subprocess.Popen(
-    command(workdir, *overrides), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    command(workdir, *overrides), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
   )
 
 
@@ -45,27 +44,6 @@ def wait_for(workdir, count, process):
     time.sleep(0.01)
   assert process.poll() is None, f"ended too early: {process.communicate()[0]}"
   assert lines(workdir) >= count
-
-
-def final_state(workdir):
-  """Everything that a run promises to reproduce: metrics, rollouts, parameters, and where its scheduler stands."""
-  newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
-  digest = subprocess.run(
-    [sys.executable, "-m", "ring_jax.launch.digest", f"--checkpoint={workdir}", "--json"],
-    cwd=ROOT, capture_output=True, text=True, check=True,
-  )  # fmt: skip
-  return {
-    "step": newest.name,
-    "parameters": json.loads(digest.stdout),
-    "metrics": (workdir / "metrics.jsonl").read_text(),
-    "rollouts": {path.name: path.read_text() for path in sorted((workdir / "rollouts").iterdir())},
-    "progress": (newest / "run" / "metadata").read_text(),
-  }
-
-
-def assert_same(one, other):
-  for name in one:
-    assert one[name] == other[name], f"{name} differ"
 
 
 @pytest.fixture(scope="module")

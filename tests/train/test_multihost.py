@@ -20,14 +20,13 @@ import pytest
 
 from configs.schema import MeshConfig, ParallelConfig
 from configs.status import ExitStatus
-from ring_jax.checkpoint.resolve import open_checkpoint
 from ring_jax.checkpoint.store import RunStore, steps
-from ring_jax.launch.digest import digest
 from ring_jax.model import abstract_params
 from ring_jax.train.optimizer import make_optimizer
 from sharding import rules
 from sharding.mesh import make_mesh
 from tests.train import small_run
+from tests.train.outcome import assert_same, final_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 ARGUMENTS = (
@@ -40,7 +39,6 @@ MESH = ("--config.model.parallel.mesh.fsdp=2",)
 def start(workdir, *arguments, devices):
   environment = {
     "JAX_NUM_CPU_DEVICES": str(devices),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05",
     # JAX's cache keeps programs of process 0 only; the other one compiles them at every start.
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
   }
@@ -109,22 +107,10 @@ def two(tmp_path_factory):
   return workdir
 
 
-def final_state(workdir):
-  newest = workdir / "checkpoints" / str(steps(workdir / "checkpoints")[-1])
-  return {
-    "step": newest.name,
-    "parameters": digest(open_checkpoint(workdir).params),
-    "metrics": (workdir / "metrics.jsonl").read_text(),
-    "rollouts": {path.name: path.read_text() for path in sorted((workdir / "rollouts").iterdir())},
-    "progress and optimizer": (newest / "run" / "metadata").read_text(),  # with a fingerprint of every array
-  }
-
-
 def test_two_processes_end_as_one_does(one, two):
   expected, found = final_state(one), final_state(two)
   assert expected["step"] == "6" and expected["metrics"].count("\n") == 3 + 3 + 3
-  for name, value in expected.items():
-    assert found[name] == value, f"{name} differ"
+  assert_same(expected, found)
 
 
 def test_what_two_processes_wrote_is_read_on_one_device_and_on_four(one, two):
