@@ -1,0 +1,107 @@
+"""The engine and the C3PO++ scheduler (Ring-1T Algorithm 1; papers.md 1.5)."""
+
+import dataclasses
+
+from configs.base import Enum, coerce_enum, require
+from configs.parallel import ParallelConfig
+
+
+class RolloutDtype(Enum):
+  """The dtype the engine's weights are stored in; quantised ones have a scale per output channel."""
+
+  FLOAT32 = "float32"
+  BFLOAT16 = "bfloat16"
+  FP8 = "fp8"  # e4m3
+  INT8 = "int8"
+  INT4 = "int4"
+
+
+class KVPolicy(Enum):
+  """What happens to the keys and values of an unfinished rollout when new weights arrive."""
+
+  RECOMPUTE = "recompute"  # prompt and partial answer are prefilled again under the new weights
+  KEEP = "keep"  # the slot goes on with what it has
+
+
+class Unit(Enum):
+  """What is handed to the trainer as one thing (papers.md 1.5 leaves it open)."""
+
+  GROUP = "group"  # a prompt's G rollouts, once all of them ended
+  ROLLOUT = "rollout"  # each rollout by itself: Algorithm 1 to the letter
+
+
+class BudgetCounts(Enum):
+  COMPLETED = "completed"  # full length of rollouts that ended: Algorithm 1
+  GENERATED = "generated"  # every token as it is sampled: the prose of section 2.3.3
+
+
+class RetentionCounts(Enum):
+  """What makes a rollout older; the two differ only for what waits for its first slot."""
+
+  ITERATIONS = "iterations"  # every iteration that it survived: "increased by 1 for every unfinished rollout"
+  PARTITIONS = "partitions"  # every iteration end that cut it: "the number of partitions it has undergone"
+
+
+class OnPurge(Enum):
+  """What becomes of a rollout whose retention exceeds the limit."""
+
+  DROP = "drop"  # forgotten, as in Algorithm 1 (it is counted, and its length logged)
+  REQUEUE = "requeue"  # started again from its prompt
+  TRAIN = "train"  # ends where it is, with finish reason "purged", and is scored and trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+  """Engine and C3PO++ scheduler (Ring-1T Algorithm 1)."""
+
+  token_budget: int  # Phi: an iteration ends when this many tokens are counted
+  slots: int  # sequences decoded at once
+  pool: int = 0  # Omega_infer, rollouts in flight (slots + waiting); 0: as many as slots, and at least one group
+  retention: int = 2  # sigma: how many iterations a rollout may survive unfinished
+  group_size: int = 8  # G
+  unit: Unit = Unit.GROUP
+  budget_counts: BudgetCounts = BudgetCounts.COMPLETED
+  retention_counts: RetentionCounts = RetentionCounts.ITERATIONS
+  on_purge: OnPurge = OnPurge.DROP
+  kv_policy: KVPolicy = KVPolicy.RECOMPUTE
+  dtype: RolloutDtype = RolloutDtype.FLOAT32
+  max_prompt_tokens: int = 1024
+  max_tokens: int = 1024  # of the answer
+  steps_per_dispatch: int = 8  # decode steps between two looks of the host
+  prefill_batch: int = 8  # prompts prefilled by one dispatch
+  page_size: int = 0  # positions of a page of keys and values; 0: each slot's in one piece, which is quicker on a CPU
+  temperature: float = 1.0
+  top_p: float = 1.0
+  top_k: int = 0  # 0: off
+  parallel: ParallelConfig | None = None  # of the engine; None: as the trainer's (model.parallel)
+
+  def __post_init__(self):
+    for name, kind in (
+      ("unit", Unit), ("budget_counts", BudgetCounts), ("retention_counts", RetentionCounts), ("on_purge", OnPurge),
+      ("kv_policy", KVPolicy), ("dtype", RolloutDtype),
+    ):  # fmt: skip
+      coerce_enum(self, name, kind, "rollout")
+    if self.pool == 0:
+      object.__setattr__(self, "pool", max(self.slots, self.group_size))
+    for name in (
+      "token_budget", "slots", "group_size", "max_prompt_tokens", "max_tokens", "steps_per_dispatch", "prefill_batch",
+    ):  # fmt: skip
+      require(getattr(self, name) > 0, f"rollout.{name}={getattr(self, name)}: must be at least 1")
+    require(self.retention >= 0, f"rollout.retention={self.retention}: must be at least 0")
+    require(self.pool >= self.slots, f"rollout.pool={self.pool}: smaller than rollout.slots={self.slots}")
+    require(
+      self.pool >= self.group_size,
+      f"rollout.pool={self.pool}: a group of {self.group_size} rollouts would never fit (rollout.group_size)",
+    )
+    require(
+      self.page_size >= 0 and self.page_size & (self.page_size - 1) == 0,
+      f"rollout.page_size={self.page_size}: a power of two, or 0",
+    )
+    require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be > 0")
+    require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p}: from above 0 to 1")
+    require(self.top_k >= 0, f"rollout.top_k={self.top_k}: must be at least 0 (0: off)")
+
+  @property
+  def max_len(self) -> int:
+    """Positions that one slot's cache must hold."""
+    return self.max_prompt_tokens + self.max_tokens
