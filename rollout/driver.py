@@ -20,7 +20,8 @@ import jax
 from configs.schema import KVPolicy
 from ring_jax.records import FinishReason, Rollout
 from rollout.engine import DecodeState, Insertion, RingEngine
-from rollout.scheduler import C3POScheduler, IterationResult
+from rollout.iteration import IterationResult
+from rollout.scheduler import C3POScheduler
 
 # Asked for n prompts; returns up to n (problem index, token ids), fewer only when there are no more.
 PromptSource = Callable[[int], Sequence[tuple[int, list[int]]]]

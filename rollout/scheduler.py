@@ -26,100 +26,11 @@ from typing import Any
 
 from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
 from ring_jax.records import FinishReason, Rollout
-
-Histogram = collections.Counter[int]
+from rollout.iteration import Counts, IterationResult, dump
 
 
 class SchedulerError(ValueError):
   """A call that the scheduler's state does not allow; the message is one line."""
-
-
-@dataclasses.dataclass
-class Counts:
-  """What became of tokens and rollouts, over one iteration or over a whole run.
-
-  At any moment, over a run: generated = trained + wasted + held (in the pool, the group buffer and Q_train).
-  """
-
-  generated: int = 0  # tokens sampled
-  trained: int = 0  # tokens handed to the trainer
-  wasted: int = 0  # tokens of rollouts that were dropped, aborted or started again
-  finished: int = 0  # rollouts that ended, those cut short for training included
-  trained_rollouts: int = 0
-  trained_groups: int = 0  # distinct groups among them, an iteration
-  dropped: int = 0  # rollouts purged and forgotten
-  requeued: int = 0  # rollouts purged and started again
-  cut: int = 0  # rollouts purged and trained on as they are
-  aborted: int = 0  # rollouts taken away by the caller
-  max_staleness: int = 0  # versions between the sampling of a trained token and its training
-  staleness_sum: int = 0  # of the same, over all trained tokens
-  # Histograms: number of tokens -> how many rollouts.
-  lengths_finished: Histogram = dataclasses.field(default_factory=collections.Counter)
-  lengths_trained: Histogram = dataclasses.field(default_factory=collections.Counter)
-  lengths_wasted: Histogram = dataclasses.field(default_factory=collections.Counter)
-
-  @property
-  def mean_staleness(self) -> float:
-    """Versions, over trained tokens; 0 where there are none."""
-    return self.staleness_sum / self.trained if self.trained else 0.0
-
-  def add(self, other: "Counts") -> None:
-    for field in dataclasses.fields(self):
-      mine, theirs = getattr(self, field.name), getattr(other, field.name)
-      if field.name == "max_staleness":
-        setattr(self, field.name, max(mine, theirs))
-      elif isinstance(mine, collections.Counter):
-        mine.update(theirs)
-      else:
-        setattr(self, field.name, mine + theirs)
-
-  def to_dict(self) -> dict[str, Any]:
-    """Plain JSON data; a histogram is a list of [length, how many], shortest first."""
-    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    return {
-      name: sorted([length, number] for length, number in value.items())
-      if isinstance(value, collections.Counter)
-      else value
-      for name, value in values.items()
-    }
-
-  @classmethod
-  def from_dict(cls, data: Mapping[str, Any]) -> "Counts":
-    return cls(
-      **{name: collections.Counter(dict(value)) if isinstance(value, list) else value for name, value in data.items()}
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class IterationResult:
-  """What one iteration hands to the trainer."""
-
-  iteration: int  # from 0
-  version: int  # the weights that are about to be updated
-  rollouts: list[Rollout]  # Q_train, by uid, so that a group's members stand together
-  purged: list[Rollout]  # as they were when their retention ran out, tokens included
-  counted: int  # C: tokens that the budget counted
-  counts: Counts  # of this iteration
-  in_flight: int  # unfinished rollouts that the next iteration goes on with
-  buffered: int  # finished rollouts that wait for their siblings
-
-  def metrics(self) -> dict[str, float]:
-    """Scalars for a log.  Lengths, in tokens, are those of all that ended and of all that is trained on: where the two
-    differ for long, what is trained on is biased."""
-    counts = self.counts
-    return {
-      "scheduler/tokens_generated": counts.generated,
-      "scheduler/tokens_counted": self.counted,
-      "scheduler/tokens_trained": counts.trained,
-      "scheduler/tokens_wasted": counts.wasted,
-      "scheduler/purged": len(self.purged),
-      "scheduler/in_flight": self.in_flight,
-      "scheduler/buffered": self.buffered,
-      "scheduler/staleness_mean": counts.mean_staleness,
-      "scheduler/staleness_max": counts.max_staleness,
-      **_summary("scheduler/length_finished", counts.lengths_finished),
-      **_summary("scheduler/length_trained", counts.lengths_trained),
-    }
 
 
 @dataclasses.dataclass
@@ -194,6 +105,11 @@ class C3POScheduler:
     totals.add(self._totals)
     totals.add(self._counts)
     return totals
+
+  @property
+  def ready(self) -> Sequence[Rollout]:
+    """Q_train so far, in the order in which rollouts came to it."""
+    return self._ready
 
   @property
   def iteration_done(self) -> bool:
@@ -353,14 +269,14 @@ class C3POScheduler:
       "next_uid": self._next_uid,
       "next_group": self._next_group,
       "counted": self._counted,
-      "pool": _dump(self._pool.values()),
+      "pool": dump(self._pool.values()),
       "slots": sorted([slot, uid] for uid, slot in self._slot_of.items()),
       "groups": [
-        {"group": group, "unfinished": state.unfinished, "finished": _dump(state.finished)}
+        {"group": group, "unfinished": state.unfinished, "finished": dump(state.finished)}
         for group, state in self._groups.items()
       ],
-      "ready": _dump(self._ready),
-      "purged": _dump(self._purged),
+      "ready": dump(self._ready),
+      "purged": dump(self._purged),
       "counts": self._counts.to_dict(),
       "totals": self._totals.to_dict(),
     }
@@ -495,21 +411,3 @@ class C3POScheduler:
     if uid not in self._slot_of:
       raise SchedulerError(f"{call}: rollout {uid} is waiting; place() gives it a slot")
     return rollout
-
-
-def _summary(name: str, lengths: Histogram) -> dict[str, float]:
-  """Mean, median, 95th percentile (nearest rank) and maximum; empty where nothing ended."""
-  total = lengths.total()
-  if not total:
-    return {}
-  summary = {f"{name}_mean": sum(length * number for length, number in lengths.items()) / total}
-  below, wanted = 0, [("p50", 0.5), ("p95", 0.95), ("max", 1.0)]
-  for length in sorted(lengths):
-    below += lengths[length]
-    while wanted and below >= wanted[0][1] * total:
-      summary[f"{name}_{wanted.pop(0)[0]}"] = length
-  return summary
-
-
-def _dump(rollouts: Iterable[Rollout]) -> list[dict[str, Any]]:
-  return [rollout.to_dict() for rollout in rollouts]

@@ -29,7 +29,7 @@ from ring_jax.train.scoring import Scorer
 from ring_jax.train.stream import ProblemStream
 from rollout.driver import Clock, RolloutDriver
 from rollout.engine import RingEngine
-from rollout.scheduler import IterationResult
+from rollout.iteration import IterationResult
 from sharding.processes import fetch
 
 _TOKEN_FIELDS = ("logp", "logp_old", "logp_infer", "advantages", "entropy")  # of `step_metrics`

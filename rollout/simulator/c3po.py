@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from configs.schema import BudgetCounts, RolloutConfig
 from ring_jax.records import FinishReason, Rollout
-from rollout.scheduler import C3POScheduler, IterationResult
+from rollout.iteration import IterationResult
+from rollout.scheduler import C3POScheduler
 from rollout.simulator.clock import Clock
 from rollout.simulator.costs import Costs
 from rollout.simulator.lengths import Trace

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
 from ring_jax.records import FinishReason
-from rollout.scheduler import C3POScheduler, Counts, SchedulerError
+from rollout.iteration import Counts
+from rollout.scheduler import C3POScheduler, SchedulerError
 
 
 def make_config(**changes) -> RolloutConfig:
