@@ -236,7 +236,7 @@ class RunConfig:
     for name, count in (
       ("sft.probe_problems", self.sft.probe_problems),
       ("rl.eval_problems", self.rl.eval_problems),
-      ("rlhf.eval_problems", self.rlhf.eval_problems),
+      ("rlhf.eval_problems", self.rlhf.eval_problems if self.rlhf.steps else 0),
     ):
       require(
         count <= self.task.held_out_size,

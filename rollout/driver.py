@@ -10,6 +10,7 @@ The driver holds device state; every decision is the scheduler's.  What it does 
 scheduler's state and the prompts it is given: that is what makes a resumed run exact.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -38,11 +39,19 @@ class Clock:
 
 
 class RolloutDriver:
-  def __init__(self, engine: RingEngine, scheduler: C3POScheduler):
-    self._engine = engine
-    self._scheduler = scheduler
-    self._state = engine.init_decode_state()
+  """Args:
+  turn: entered for as long as the engine's devices are used; between two dispatches others may have them.
+  """
+
+  def __init__(
+    self,
+    engine: RingEngine,
+    scheduler: C3POScheduler,
+    turn: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+  ):
+    self._engine, self._scheduler, self._turn = engine, scheduler, turn
     self._keep = engine.config.kv_policy is KVPolicy.KEEP
+    self._state: DecodeState | None = engine.init_decode_state() if self._keep else None
 
   @property
   def device_state(self) -> DecodeState | None:
@@ -51,6 +60,11 @@ class RolloutDriver:
 
   def restore_device_state(self, state: DecodeState) -> None:
     self._state = state
+
+  def free(self) -> None:
+    """Gives the memory of keys and values back until the next iteration; not where they are kept."""
+    if not self._keep:
+      self._state = None
 
   def abstract_device_state(self) -> Any:
     """What `device_state` looks like, for a restore; None where nothing is saved."""
@@ -62,26 +76,44 @@ class RolloutDriver:
     version: int,
     prompts: PromptSource,
     on_progress: Callable[[Clock], None] = lambda clock: None,
+    *,
+    trained: int | None = None,
+    on_ready: Callable[[Sequence[Rollout]], None] = lambda ready: None,
   ) -> tuple[IterationResult, Clock]:
-    """Runs one iteration under packed weights `params` of the given version."""
+    """Runs one iteration under packed weights `params` of the given version.
+
+    Args:
+      trained: the version that its rollouts will update; default: `version`.
+      on_ready: called after each dispatch with all that can be trained on so far, in the order of its coming.
+    """
     scheduler, clock = self._scheduler, Clock()
     scheduler.begin_iteration()
     running: dict[int, Rollout] = scheduler.running()  # by slot; empty unless keys and values are kept
-    self._state = self._engine.release(self._state, running)
+    with self._turn():
+      if self._state is None:
+        self._state = self._engine.init_decode_state()
+      else:
+        self._state = self._engine.release(self._state, running)
     while not scheduler.iteration_done:
       self._admit(prompts)
-      started = time.perf_counter()
-      placed = scheduler.place()
-      self._place(params, placed)
-      running.update(placed)
-      clock.prefill += time.perf_counter() - started
-      started = time.perf_counter()
-      before = len(running)
-      clock.tokens += self._decode(params, version, running)
-      clock.finished += before - len(running)
-      clock.decode += time.perf_counter() - started
+      with self._turn():
+        self._dispatch(params, version, running, clock)
+      on_ready(scheduler.ready)
       on_progress(clock)
-    return scheduler.end_iteration(version), clock
+    return scheduler.end_iteration(version if trained is None else trained), clock
+
+  def _dispatch(self, params: dict[str, Any], version: int, running: dict[int, Rollout], clock: Clock) -> None:
+    """Fills free slots and decodes a few steps."""
+    started = time.perf_counter()
+    placed = self._scheduler.place()
+    self._place(params, placed)
+    running.update(placed)
+    clock.prefill += time.perf_counter() - started
+    started = time.perf_counter()
+    before = len(running)
+    clock.tokens += self._decode(params, version, running)
+    clock.finished += before - len(running)
+    clock.decode += time.perf_counter() - started
 
   def _admit(self, prompts: PromptSource) -> None:
     wanted = self._scheduler.wanted_groups

@@ -9,6 +9,7 @@ XLA's own `cost_analysis` counts a loop's body once (reference notes, pallas.md 
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -67,17 +68,14 @@ def collectives(text: str) -> dict[str, Traffic]:
   return dict(traffic)
 
 
-def largest_buffer(text: str) -> int:
-  """Bytes of the largest array that any instruction but a parameter makes."""
-  computations, _ = _parse(text)
-  arrays = (
-    _array_bytes(kind, dims)
-    for instructions in computations.values()
-    for instruction in instructions
-    if instruction.opcode not in ("parameter", "get-tuple-element", "tuple", "bitcast", "while")
-    for kind, dims in _ARRAY.findall(instruction.type)
-  )
-  return max(arrays, default=0)
+def most_rows(text: str, width: int) -> int:
+  """Of the arrays that have a dimension of this width: the most that the other dimensions multiply to; 0 without one."""
+  rows = 0
+  for _, dims in set(_ARRAY.findall(text)):
+    sizes = [int(size) for size in dims.split(",") if size]
+    if width in sizes:
+      rows = max(rows, math.prod(sizes) // width)
+  return rows
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -146,7 +146,7 @@ class Training:
     rl, params = self.run.rl, jax.tree.map(jax.numpy.asarray, self.params)
     opt_state, losses, norms, first = self.optimizer.init(params), [], [], None
     for version in range(STEPS // rl.minibatches):
-      minibatches = rl_minibatches(self.rollouts, self.advantages, rl, PACKING, (self.run.seed, version))
+      minibatches = rl_minibatches(self.rollouts, PACKING, rl.minibatches, (self.run.seed, version))
       alone = len(minibatches) == 1 and rl.objective.denominator is Denominator.ALL
       old = [
         None if alone else [jax.device_get(self.programs.logprobs(params, model_tokens(b))) for b in part.microbatches]
@@ -154,8 +154,11 @@ class Training:
       ]
       for part, logp_old in zip(minibatches, old, strict=True):
         sums = None
-        for batch, fields in zip(part.microbatches, rl_fields(part, logp_old, rl.objective), strict=True):
-          sums, _ = self.programs.rl_gradients(params, sums, model_tokens(batch), fields, logp_old is None)
+        every = rl_fields(part, self.advantages[part.index], logp_old, rl.objective)
+        for batch, fields in zip(part.microbatches, every, strict=True):
+          sums, _ = self.programs.rl_gradients(
+            params, sums, model_tokens(batch), fields, rl.objective, logp_old is None
+          )
         first = jax.device_get(sums.params) if first is None else first
         losses.append(float(sums.loss))
         params, opt_state, norm = self.programs.apply(params, opt_state, sums.params, "rl")

@@ -43,6 +43,7 @@ from ring_jax.checkpoint.errors import CheckpointError
 from sharding import processes
 
 PyTree = Any
+Wanted = PyTree | Callable[[dict[str, Any]], PyTree] | None
 Trees = Callable[[dict[str, Any]], Mapping[str, PyTree]]  # from a step's JSON to the abstract trees to read
 
 _RUN = "run"
@@ -144,22 +145,26 @@ class RunStore:
     """The newest step that is completely saved."""
     return processes.group().from_first("latest step", lambda: max(steps(self._directory), default=None))
 
-  def restore(
-    self, params: PyTree, optimizer_state: PyTree, extra: PyTree | None = None, step: int | None = None
-  ) -> Restored:
+  def restore(self, params: PyTree, optimizer_state: Wanted, extra: Wanted = None, step: int | None = None) -> Restored:
     """Reads a checkpoint onto the given shardings.
 
     Args:
       params, optimizer_state, extra: trees of `jax.ShapeDtypeStruct`; a leaf without a sharding goes to the first
-        device.  Without `extra`, none is read.
+        device.  Without `extra`, none is read.  The latter two may be functions of the step's JSON that give the tree,
+        where it depends on what the run was doing.
       step: which one; default: the newest that can be read, with a warning for each that cannot.
 
     Raises:
       CheckpointError: there is none, none can be read, or a leaf's shape or dtype is not the expected one.
     """
     self.wait()
-    trees = {"params": params, "optimizer": optimizer_state} | ({} if extra is None else {"extra": extra})
-    data, damaged = read_newest(self._directory, lambda _: trees, step)
+    given = {"params": params, "optimizer": optimizer_state, "extra": extra}
+
+    def trees(run: dict[str, Any]) -> dict[str, PyTree]:
+      asked = {name: tree(run) if callable(tree) else tree for name, tree in given.items()}
+      return {name: tree for name, tree in asked.items() if tree is not None}
+
+    data, damaged = read_newest(self._directory, trees, step)
     for number in damaged if processes.group().is_first else []:
       aside = self._directory / f"{number}.damaged"
       shutil.rmtree(aside, ignore_errors=True)

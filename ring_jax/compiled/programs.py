@@ -65,8 +65,10 @@ def _train_step(config: RunConfig, devices: Sequence[Any]) -> Iterator[Unit]:
   shape = (config.packing.rows, config.packing.length)
   ints = jax.ShapeDtypeStruct(shape, jnp.int32)
   floats = jax.ShapeDtypeStruct(shape, jnp.float32)
-  batch, fields = Tokens(*[ints] * len(Tokens._fields)), RLFields(*[floats] * len(RLFields._fields))
-  arguments = (params, None, batch, fields, config.rl.minibatches == 1)
+  objective = config.rl.objective
+  fields = RLFields(*[floats] * 5, floats if objective.kl_coef > 0 else None)
+  batch = Tokens(*[ints] * len(Tokens._fields))
+  arguments = (params, None, batch, fields, objective, config.rl.minibatches == 1)
   yield Unit(
     "gradients", programs.rl_gradients.lower(*arguments), {"parameters": params, "batch": (batch, fields)},
     {"optimizer": state},

@@ -34,7 +34,7 @@ class Report:
   hbm_limit: int
   bytes: dict[str, int]
   host_bytes: int
-  largest_buffer: int
+  logit_rows: int  # of the largest array as wide as the vocabulary: at most the hidden width where no logits are kept
   collectives: dict[str, dict[str, int]]
   flops: float
   roofline_seconds: dict[str, float]
@@ -68,7 +68,7 @@ def report(config: RunConfig, kind: Kind, unit: Unit, compiled: jax.stages.Compi
     hbm_limit=chip.hbm_bytes,
     bytes=kinds,
     host_bytes=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-    largest_buffer=hlo.largest_buffer(text),
+    logit_rows=hlo.most_rows(text, _vocabulary(config, kind)),
     collectives={name: dataclasses.asdict(found) for name, found in sorted(traffic.items())},
     flops=work,
     roofline_seconds={
@@ -77,6 +77,14 @@ def report(config: RunConfig, kind: Kind, unit: Unit, compiled: jax.stages.Compi
       "links": always / (chip.link_bandwidth * chip.torus_dims),
     },
   )
+
+
+def _vocabulary(config: RunConfig, kind: Kind) -> int:
+  """A device's part of it."""
+  parallel = config.model.parallel
+  if kind in (Kind.PREFILL, Kind.DECODE):
+    parallel = config.rollout.parallel or parallel
+  return config.model.vocab_size // (parallel.mesh.tensor if parallel.rules.vocab else 1)
 
 
 def device_bytes(tree: Any) -> int:

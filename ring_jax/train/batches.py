@@ -3,17 +3,17 @@
 A sequence is prompt + answer.  Every per-token field lies where the model predicts that token: the field of token t + 1
 stands at position t, beside the hidden state that gives its log-prob.
 
-RL: rollouts of groups with a signal are dealt into minibatches, and each minibatch is packed into microbatches of one
-fixed shape.  A token's weight holds the denominators of the whole minibatch, so that microbatches simply add up.
+RL: rollouts are dealt into minibatches, and each minibatch is packed into microbatches of one fixed shape.  A token's weight
+holds the denominators of the whole minibatch, so that microbatches simply add up.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from configs.schema import Denominator, IcePopConfig, PackingConfig, RLConfig
+from configs.schema import Denominator, IcePopConfig, PackingConfig
 from kernels.icepop import sequence_weight
 from ring_jax.data.packing import PackedBatch, pack
 from ring_jax.records import Rollout
@@ -55,59 +55,110 @@ def sft_batches(examples: Sequence[Example], packing: PackingConfig) -> list[tup
 
 @dataclasses.dataclass
 class Minibatch:
-  """What one optimizer step of RL trains on."""
+  """Rollouts in microbatches: what one optimizer step of RL trains on, or what a model judges."""
 
-  microbatches: list[PackedBatch]  # fields: logp_infer, advantages, mask
-  num_sequences: int
+  index: np.ndarray  # int [rollouts]: which of the rollouts that were dealt
+  rollouts: list[Rollout]
+  microbatches: list[PackedBatch]  # fields: logp_infer, mask
+
+  def gather(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Of each rollout's answer, token by token, what stands at its predictions; `values` [R, T] of each microbatch."""
+    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(self.rollouts)
+    for batch, values_RxT in zip(self.microbatches, values, strict=True):
+      for number, row, where in self._answers(batch):
+        found[number] = np.asarray(values_RxT)[row, where]
+    return found
+
+  def spread(self, values: Sequence[Any]) -> list[np.ndarray]:
+    """float32 [R, T] of each microbatch: a number or an array a rollout, at the predictions of its answer; 0 elsewhere."""
+    fields = []
+    for batch in self.microbatches:
+      field_RxT = np.zeros(batch.tokens.shape, np.float32)
+      for number, row, where in self._answers(batch):
+        field_RxT[row, where] = values[number]
+      fields.append(field_RxT)
+    return fields
+
+  def last(self, values: Sequence[np.ndarray]) -> np.ndarray:
+    """float32 [rollouts]: what stands at the last token of each rollout; `values` [R, T] of each microbatch."""
+    found = np.zeros(len(self.rollouts), np.float32)
+    for batch, values_RxT in zip(self.microbatches, values, strict=True):
+      for number, row, first, length in batch.where:
+        found[number] = np.asarray(values_RxT)[row, first + length - 1]
+    return found
+
+  def _answers(self, batch: PackedBatch) -> Iterator[tuple[int, int, slice]]:
+    for number, row, first, length in batch.where:
+      yield number, row, slice(first + len(self.rollouts[number].prompt) - 1, first + length - 1)
 
 
 def rl_minibatches(
-  rollouts: Sequence[Rollout], advantages: np.ndarray, config: RLConfig, packing: PackingConfig, seed: Any
+  rollouts: Sequence[Rollout], packing: PackingConfig, count: int = 1, seed: Any = None
 ) -> list[Minibatch]:
-  """Deals rollouts into `config.minibatches` minibatches (fewer if there are too few rollouts).
+  """Deals rollouts into `count` minibatches (fewer if there are too few rollouts), each packed.
 
   Args:
-    rollouts, advantages: of groups that have a signal.
-    seed: of the shuffle, for `numpy.random.default_rng`.
+    seed: of the shuffle that comes before, for `numpy.random.default_rng`; a single minibatch is not shuffled.
   """
   order = np.arange(len(rollouts))
-  if config.minibatches > 1:
+  if count > 1:
     order = np.random.default_rng(seed).permutation(order)
-  parts = [order[first :: config.minibatches] for first in range(config.minibatches)]
-  return [_minibatch([(rollouts[i], float(advantages[i])) for i in part], packing) for part in parts if len(part)]
+  parts = [order[first::count] for first in range(count)]
+  return [_minibatch(part, [rollouts[i] for i in part], packing) for part in parts if len(part)]
 
 
-def _minibatch(chosen: Sequence[tuple[Rollout, float]], packing: PackingConfig) -> Minibatch:
+def _minibatch(index: np.ndarray, chosen: list[Rollout], packing: PackingConfig) -> Minibatch:
   sequences = [
     {
       "tokens": [*rollout.prompt, *rollout.tokens],
       "logp_infer": at_predictions(len(rollout.prompt), rollout.logps),
-      "advantages": at_predictions(len(rollout.prompt), [advantage] * len(rollout.tokens)),
       "mask": at_predictions(len(rollout.prompt), [1.0] * len(rollout.tokens)),
     }
-    for rollout, advantage in chosen
+    for rollout in chosen
   ]
-  return Minibatch(pack(sequences, packing.length, packing.rows), len(chosen))
+  return Minibatch(index, chosen, pack(sequences, packing.length, packing.rows))
 
 
-def rl_fields(minibatch: Minibatch, logp_old: Sequence[np.ndarray] | None, config: IcePopConfig) -> list[RLFields]:
+def rl_fields(
+  minibatch: Minibatch,
+  advantages: Sequence[Any],
+  logp_old: Sequence[np.ndarray] | None,
+  config: IcePopConfig,
+  logp_ref: Sequence[np.ndarray] | None = None,
+) -> list[RLFields]:
   """What the objective needs for each microbatch, weights of the whole minibatch included.
 
   Args:
+    advantages: of each rollout of the minibatch: a number, or one a token of its answer.
     logp_old: [R, T] of each microbatch; None: the gradient pass gives them.
+    logp_ref: the same by the reference; needed where kl_coef > 0.
   """
   counted = [batch.fields["mask"] > 0 for batch in minibatch.microbatches]
   if config.denominator is Denominator.KEPT:
     for inside_RxT, old_RxT, batch in zip(counted, logp_old, minibatch.microbatches, strict=True):
       inside_RxT &= calibrate(old_RxT, old_RxT, batch.fields["logp_infer"], config).kept
-  total = int(sum(inside_RxT.sum() for inside_RxT in counted))
+  weights = token_weights(minibatch, counted, config)
+  advantages_RxT = minibatch.spread(advantages)
   fields = []
-  for number, (batch, inside_RxT) in enumerate(zip(minibatch.microbatches, counted, strict=True)):
+  for number, batch in enumerate(minibatch.microbatches):
     get = batch.fields
     old_RxT = np.zeros_like(get["logp_infer"]) if logp_old is None else logp_old[number]
-    weights_RxT = _weights(batch.segment_ids, inside_RxT, minibatch.num_sequences, total, config)
-    fields.append(RLFields(get["logp_infer"], old_RxT, get["advantages"], get["mask"], weights_RxT * get["mask"]))
+    ref_RxT = None if logp_ref is None else logp_ref[number]
+    fields.append(RLFields(get["logp_infer"], old_RxT, advantages_RxT[number], get["mask"], weights[number], ref_RxT))
   return fields
+
+
+def token_weights(minibatch: Minibatch, counted: Sequence[np.ndarray], config: IcePopConfig) -> list[np.ndarray]:
+  """float32 [R, T] of each microbatch: what a token of an answer weighs, as the aggregate says; 0 elsewhere.
+
+  Args:
+    counted: bool [R, T] of each microbatch: the tokens that count in a sequence's length.
+  """
+  total = int(sum(inside_RxT.sum() for inside_RxT in counted))
+  return [
+    _weights(batch.segment_ids, inside_RxT, len(minibatch.rollouts), total, config) * batch.fields["mask"]
+    for batch, inside_RxT in zip(minibatch.microbatches, counted, strict=True)
+  ]
 
 
 def _weights(segments_RxT, counted_RxT, num_sequences: int, num_tokens: int, config: IcePopConfig) -> np.ndarray:

@@ -1,10 +1,11 @@
 """A run from cold start to the end of RL, in one workdir, exactly resumable.
 
     evaluate -> SFT until the measured accuracy is reached -> evaluate -> RL -> evaluate -> table, plot, samples
+                                         and, where asked for: -> reward model -> RLHF -> evaluate
 
-Everything that decides what happens next is in the checkpoint: parameters, optimizer state, and `Progress` (phase,
-step, cursors, the scheduler with its unfinished rollouts, evaluations).  Between two checkpoints a run is a function of
-that state and the config, so killing it anywhere and starting it again repeats the lost steps bit for bit.
+Everything that decides what happens next is in the checkpoint: the weights of all roles, optimizer states, and `Progress`
+(phase, step, cursors, the scheduler with its unfinished rollouts, evaluations).  Between two checkpoints a run is a function
+of that state and the config, so killing it anywhere and starting it again repeats the lost steps bit for bit.
 """
 
 import contextlib
@@ -14,31 +15,19 @@ import time
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from jax.sharding import Mesh
-
-from configs.schema import RunConfig, to_dict
+from configs.schema import Role, RunConfig, to_dict
 from configs.status import ExitStatus
 from ring_jax.checkpoint.store import RunStore
-from ring_jax.model import abstract_params
 from ring_jax.records import Rollout
 from ring_jax.rewards.pool import ScoringPool
-from ring_jax.train.assets import check_vocabulary, initial_params, prepare_tasks
 from ring_jax.train.evaluation import Evaluator
-from ring_jax.train.optimizer import make_optimizer
+from ring_jax.train.orchestrator import Generated
+from ring_jax.train.parts import Parts
 from ring_jax.train.preflight import check_disk, prepare_devices
-from ring_jax.train.programs import Programs
-from ring_jax.train.rl import RLPhase
 from ring_jax.train.run_report import RunReport, SilentReport
-from ring_jax.train.scoring import Scorer
-from ring_jax.train.sft import SFTPhase
-from ring_jax.train.stream import ProblemStream
 from ring_jax.train.watchdog import DEFAULT_SECONDS, Watchdog
 from ring_jax.train.workdir import Workdir
-from rollout.driver import RolloutDriver
-from rollout.engine import RingEngine
-from rollout.scheduler import C3POScheduler
 from sharding import processes
-from sharding.mesh import make_mesh
 
 
 class Stopped(Exception):
@@ -53,13 +42,13 @@ class Stopped(Exception):
 class Progress:
   """Where a run stands; plain data."""
 
-  phase: Literal["sft", "rl", "done"] = "sft"
+  phase: Literal["sft", "rl", "reward", "rlhf", "done"] = "sft"
   phase_step: int = 0  # steps of this phase that are finished
   step: int = 0  # steps of all phases that are finished: the checkpoint's number
-  sft_cursor: int = 0  # problems consumed
-  rl_cursor: int = 0
+  cursors: dict[str, int] = dataclasses.field(default_factory=dict)  # problems consumed, by stream
   scheduler: dict[str, Any] | None = None
-  evaluations: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by name: start, sft, rl
+  pending: dict[str, Any] | None = None  # rollouts that were generated for the next step already
+  evaluations: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)  # by name: start, sft, rl, rlhf
 
 
 def run_job(
@@ -87,45 +76,13 @@ def run_job(
       return Job(config, workdir, pool, report).run(until)
 
 
-def meshes(config: RunConfig) -> tuple[Mesh | None, Mesh | None]:
-  """The trainer's and the engine's; None for one device."""
-  train, rollout = config.model.parallel.mesh, (config.rollout.parallel or config.model.parallel).mesh
-  if train.num_devices == 1:
-    return None, None
-  mesh = make_mesh(train)
-  return mesh, mesh if rollout == train else make_mesh(rollout)
-
-
 class Job:
   def __init__(self, config: RunConfig, workdir: Workdir, pool: ScoringPool | None, report: RunReport):
     self._config, self._report = config, report
-    self._tokenizer, tasks = prepare_tasks(
-      config.task, config.tokenizer, config.rollout, config.seed, config.init, workdir.tokenizer
-    )
-    check_vocabulary(self._tokenizer, config.model)
-    mask_V = self._tokenizer.sampleable_mask(config.model.vocab_size)
-    self._held_out = tasks.held_out()
-    self._scorer = Scorer(pool, self._tokenizer)
-    self._optimizers = {
-      "sft": make_optimizer(config.sft.optimizer, config.sft.steps),
-      "rl": make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.minibatches),
-    }
-    self._mesh, self._rollout_mesh = meshes(config)
-    self._programs = programs = Programs(config, mask_V, self._optimizers, self._mesh)
-    engine = RingEngine(
-      config.model, config.rollout, eos_ids=self._tokenizer.eos_ids, vocab_mask_V=mask_V, seed=config.seed,
-      mesh=self._rollout_mesh,
-    )  # fmt: skip
-    self._scheduler = C3POScheduler(config.rollout)
-    self._driver = RolloutDriver(engine, self._scheduler)
-    self._streams = {phase: ProblemStream(tasks, self._tokenizer) for phase in ("sft", "rl")}
-    self._sft = SFTPhase(config, programs, self._streams["sft"])
-    self._rl = RLPhase(config, programs, engine, self._driver, self._scorer, self._streams["rl"], report.span)
+    self._parts = parts = Parts.of(config, workdir, pool, report.span)
     self._evaluators: dict[int, Evaluator] = {}
     self._store = RunStore(workdir.checkpoints, keep=config.checkpoint.keep)
-    abstract = abstract_params(config.model, self._mesh)
-    self._abstract = (abstract, programs.abstract_optimizer(abstract, "sft"), self._driver.abstract_device_state())
-    check_disk(workdir.checkpoints, config.checkpoint.keep, self._abstract)
+    check_disk(workdir.checkpoints, config.checkpoint.keep, parts.largest_checkpoint())
     self._asked = ExitStatus.DONE  # by a signal to this process, to stop
 
   # ---- the run
@@ -138,10 +95,16 @@ class Job:
         if config.sft.steps and "start" not in progress.evaluations:
           self._evaluate("start")
         self._sft_phase()
-      if progress.phase == "done" and progress.phase_step < config.rl.steps:
-        progress.phase = "rl"  # the run ended with fewer steps than it is now asked for
-      if progress.phase == "rl" and until == "rl":
-        self._rl_phase()
+      last = "rlhf" if config.rlhf.steps else "rl"
+      if progress.phase == "done" and progress.phase_step < getattr(config, last).steps:
+        progress.phase = last  # the run ended with fewer steps than it is now asked for
+      if until == "rl":
+        if progress.phase == "rl":
+          self._rl_phase("rl")
+        if progress.phase == "reward":
+          self._reward_phase()
+        if progress.phase == "rlhf":
+          self._rl_phase("rlhf")
       self._report.summary(progress.evaluations)
       return progress
 
@@ -151,8 +114,11 @@ class Job:
     reached = False
     while progress.phase_step < config.steps and not reached:
       started = time.perf_counter()
+      weights = self.weights
       with self._report.span("train", step=progress.step):
-        self.params, self.opt_state, metrics, positions = self._sft.step(self.params, self.opt_state)
+        weights.actor, weights.actor_state, metrics, positions = self._parts.sft.step(
+          weights.actor, weights.actor_state
+        )
       seconds = time.perf_counter() - started
       self._advance()
       if progress.phase_step >= config.probe_from and progress.phase_step % config.probe_every == 0:
@@ -162,29 +128,54 @@ class Job:
       if progress.phase_step < config.steps and not reached:
         self._checkpoint_if_due()
     self._evaluate("sft" if config.steps else "start")
-    progress.phase, progress.phase_step = "rl", 0
-    self.opt_state = self._programs.init_optimizer(self.params, "rl")
-    if self._config.rl.steps:
-      self._save()
+    self._enter("rl", save=self._config.rl.steps > 0)
 
-  def _rl_phase(self) -> None:
-    progress, config = self.progress, self._config.rl
-    self._report.phase("RL", config.steps, progress.phase_step)
+  def _rl_phase(self, name: str) -> None:
+    progress, config = self.progress, getattr(self._config, name)
+    self._report.phase(name.upper(), config.steps, progress.phase_step)
+    before = self._config.rl.steps if name == "rlhf" else 0  # versions of the weights that came before this phase
     while progress.phase_step < config.steps:
-      self.params, self.opt_state, output = self._rl.step(
-        self.params, self.opt_state, progress.phase_step, self._report.rolling_out
+      last = progress.phase_step + 1 == config.steps
+      output, self._pending = self._parts.rl[name].step(
+        self.weights, before + progress.phase_step, self._pending, last, self._report.rolling_out
       )
       self._advance()
-      last = progress.phase_step == config.steps
       if config.eval_every and progress.phase_step % config.eval_every == 0 and not last:
         output.metrics["held_out_accuracy"] = self._probe(config.eval_problems, config.eval_samples)
-      self._report.rl_step(progress.step, progress.phase_step, output, self._describe)
+      self._report.rl_step(name, progress.step, progress.phase_step, output, self._describe)
       if not last:
         self._checkpoint_if_due()
     if config.steps:
-      self._evaluate("rl")
-    progress.phase = "done"
-    self._save()
+      self._evaluate(name)
+    if name == "rl" and self._config.rlhf.steps:
+      self._enter("reward", save=True)
+    else:
+      progress.phase = "done"
+      self._save()
+
+  def _reward_phase(self) -> None:
+    progress, config, phase = self.progress, self._config.reward_model, self._parts.reward
+    self._report.phase("reward model", config.steps, progress.phase_step)
+    while progress.phase_step < config.steps:
+      started, weights = time.perf_counter(), self.weights
+      with self._report.span("reward", step=progress.step):
+        weights.reward, weights.reward_state, metrics, positions = phase.step(weights.reward, weights.reward_state)
+      seconds = time.perf_counter() - started
+      self._advance()
+      self._report.reward_step(progress.step, progress.phase_step, metrics, positions, seconds)
+      if progress.phase_step < config.steps:
+        self._checkpoint_if_due()
+    if config.steps:
+      with self._report.span("eval", step=progress.step):
+        self._report.preferences(progress.step, phase.accuracy(self.weights.reward))
+    self._enter("rlhf", save=True)
+
+  def _enter(self, phase: str, save: bool) -> None:
+    """Begins a phase: what it trains and looks up is made of what there is."""
+    self.progress.phase, self.progress.phase_step = phase, 0
+    self._parts.begin(phase, self.weights)
+    if save:
+      self._save()
 
   def _advance(self) -> None:
     self.progress.step += 1
@@ -192,29 +183,30 @@ class Job:
 
   def _describe(self, rollout: Rollout) -> tuple[str, str]:
     """Prompt and answer as text."""
-    return self._tokenizer.decode(rollout.prompt), self._tokenizer.decode(rollout.tokens)
+    decode = self._parts.tokenizer.decode
+    return decode(rollout.prompt), decode(rollout.tokens)
 
   # ---- measuring
 
   def _evaluator(self, samples: int) -> Evaluator:
     if samples not in self._evaluators:
       self._evaluators[samples] = Evaluator(
-        self._config.model, self._config.rollout, slots=self._config.eval.slots, samples=samples, scorer=self._scorer,
-        mesh=self._rollout_mesh,
+        self._config.model, self._config.rollout, slots=self._config.eval.slots, samples=samples,
+        scorer=self._parts.scorer, mesh=self._parts.roles.meshes[Role.ROLLOUT],
       )  # fmt: skip
     return self._evaluators[samples]
 
   def _probe(self, problems: int, samples: int) -> float:
     with self._report.span("eval", step=self.progress.step):
-      return self._evaluator(samples)(self.params, self._held_out[:problems]).accuracy
+      return self._evaluator(samples)(self.weights.actor, self._parts.held_out[:problems]).accuracy
 
   def _evaluate(self, name: str) -> None:
     """The full measurement, kept in the checkpoint and shown in the summary."""
     config, progress = self._config.eval, self.progress
     self._report.phase("evaluation", config.problems * config.samples, 0)
     with self._report.span("eval", step=progress.step):
-      problems = self._held_out[: config.problems]
-      result = self._evaluator(config.samples)(self.params, problems, self._report.evaluating)
+      problems = self._parts.held_out[: config.problems]
+      result = self._evaluator(config.samples)(self.weights.actor, problems, self._report.evaluating)
     progress.evaluations[name] = result.metrics() | {"step": progress.step, "examples": result.examples}
     self._report.evaluation(progress.step, name, result)
 
@@ -231,14 +223,15 @@ class Job:
 
   def _save(self) -> None:
     """Saves; also the place where a run that was asked to stop does so."""
-    progress = self.progress
-    progress.sft_cursor, progress.rl_cursor = self._streams["sft"].cursor, self._streams["rl"].cursor
-    progress.scheduler = self._scheduler.state_dict()
+    progress, parts = self.progress, self._parts
+    progress.cursors = {name: stream.cursor for name, stream in parts.streams.items()}
+    progress.scheduler = parts.scheduler.state_dict()
+    progress.pending = None if self._pending is None else self._pending.to_dict()
     with self._report.span("checkpoint", step=progress.step):
       self._report.flush()  # what the checkpoint counts as written is on the disk
       self._store.save(
-        progress.step, self.params, self.opt_state, host=dataclasses.asdict(progress), config=to_dict(self._config),
-        extra=self._driver.device_state,
+        progress.step, self.weights.actor, self.weights.actor_state, host=dataclasses.asdict(progress),
+        config=to_dict(self._config), extra=parts.extra(self.weights),
       )  # fmt: skip
     status = self._stop()
     if status and progress.phase != "done":
@@ -248,23 +241,26 @@ class Job:
 
   def _restore(self) -> None:
     """The newest good checkpoint, or a fresh start; the logs are cut back to it."""
-    config = self._config
-    resumed = self._store.latest_step() is not None
+    parts, resumed = self._parts, self._store.latest_step() is not None
     self._report.alive("restore")
-    params, opt_state, extra = self._abstract
+    self._pending = None
     if resumed:
-      found = self._store.restore(params, opt_state, extra=extra)
-      self.progress = Progress(**found.host)
-      self.params, self.opt_state = found.params, found.optimizer_state
-      self._scheduler.load_state_dict(self.progress.scheduler)
-      if found.extra is not None:
-        self._driver.restore_device_state(found.extra)
+      phase_of = lambda run: run["host"]["phase"]  # noqa: E731
+      found = self._store.restore(
+        parts.roles.abstract(Role.ACTOR),
+        lambda run: parts.abstract_actor_state(phase_of(run)),
+        lambda run: parts.abstract_extra(phase_of(run)),
+      )
+      self.progress = progress = Progress(**found.host)
+      self.weights = parts.restored(found)
+      parts.scheduler.load_state_dict(progress.scheduler)
+      if progress.pending is not None:
+        self._pending = Generated.from_dict(progress.pending)
+      for name, cursor in progress.cursors.items():
+        parts.streams[name].cursor = cursor
     else:
       self.progress = Progress()
-      self.params = initial_params(config.model, config.init, config.seed, self._mesh)
-      self.opt_state = self._programs.init_optimizer(self.params, "sft")
-    self._streams["sft"].cursor = self.progress.sft_cursor
-    self._streams["rl"].cursor = self.progress.rl_cursor
+      self.weights = parts.fresh()
     self._report.begin(self.progress.step, resumed)
 
   @contextlib.contextmanager

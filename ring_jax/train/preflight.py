@@ -12,37 +12,51 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from configs.parallel import AXES
-from configs.schema import RunConfig, require
+from configs.placement import num_devices
+from configs.schema import RunConfig, Strategy, require
 from ring_jax.checkpoint.store import steps
 from sharding import processes
 from sharding.mesh import make_mesh
 
 
 def prepare_devices(config: RunConfig) -> None:
-  """Brings the devices up, which must be those of the mesh: all of all processes.
+  """Brings the devices up, which must be those of the placement: all of all processes.
 
   One device may also be the first of several in a single process.
   """
-  mesh, count = config.model.parallel.mesh, processes.group().count
-  if mesh.num_devices > 1:
+  seats, count = config.seats, processes.group().count
+  needed = num_devices(seats)
+  if needed > 1:
     # On the CPU backend, programs under way at the same time can starve each other of threads inside of a collective,
     # and nothing keeps their collectives in one order between processes.  Accelerators have queues for that.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
   devices = jax.devices()
-  if mesh.num_devices == 1 and count == 1:
+  if needed == 1 and count == 1:
     return
-  sizes = " x ".join(f"{name}={size}" for name, size in zip(AXES, mesh.sizes, strict=True))
   there = f"{len(devices)} {devices[0].platform} device{'s' * (len(devices) > 1)}"
   there += f" in {count} processes" if count > 1 else ""
-  require(
-    mesh.num_devices == len(devices),
-    f"model.parallel.mesh: {sizes} is {mesh.num_devices} devices, but there are {there}",
-  )
+  strategy = config.placement.strategy
+  if strategy is Strategy.COLOCATED:
+    mesh = config.model.parallel.mesh
+    sizes = " x ".join(f"{name}={size}" for name, size in zip(AXES, mesh.sizes, strict=True))
+    what = f"model.parallel.mesh: {sizes} is {needed} devices"
+  else:
+    what = f"placement.strategy={strategy}: its roles take {needed} devices"
+  require(needed == len(devices), f"{what}, but there are {there}")
   held = collections.Counter(device.process_index for device in devices)
   require(len(set(held.values())) == 1, f"processes have different numbers of devices: {dict(held)}")
-  if count > 1 and devices[0].platform == "cpu":
-    for one in {mesh, (config.rollout.parallel or config.model.parallel).mesh}:
-      _introduce(make_mesh(one))
+  if count == 1:
+    return
+  for role, seat in seats.items():
+    require(
+      len(seat.devices) == needed,
+      f"placement.strategy={strategy}: {role} has {len(seat.devices)} of {needed} devices, but in several processes all"
+      " roles must be on all devices, as every process takes part in every program; a single controller (Pathways)"
+      " can place them apart",
+    )
+  if devices[0].platform == "cpu":
+    for mesh in {seat.parallel.mesh for seat in seats.values()}:
+      _introduce(make_mesh(mesh))
 
 
 def _introduce(mesh: Mesh) -> None:

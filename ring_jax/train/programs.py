@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from configs.schema import Memory, RunConfig
+from configs.schema import IcePopConfig, Memory, RunConfig
 from kernels.icepop import policy_loss
 from kernels.linear_logprob import linear_logprob
 from ring_jax.model import Params, forward, is_router_bias, updated_bias
@@ -41,6 +41,7 @@ class RLFields(NamedTuple):
   advantages_RxT: np.ndarray
   mask_RxT: np.ndarray
   weights_RxT: np.ndarray  # what the token's loss is multiplied by; sums the minibatch up to its aggregate
+  logp_ref_RxT: np.ndarray | None = None  # where the objective has a KL term
 
 
 class Gradients(NamedTuple):
@@ -74,7 +75,7 @@ class Programs:
     on_mesh = functools.partial(rules.Program, mesh)
     self.sft_gradients = on_mesh(self._sft_gradients, donate_argnums=1)
     self.logprobs = on_mesh(self._logprobs)
-    self.rl_gradients = on_mesh(self._rl_gradients, donate_argnums=1, static_argnums=4)
+    self.rl_gradients = on_mesh(self._rl_gradients, donate_argnums=1, static_argnums=(4, 5))
     self.init_optimizer = on_mesh(self._init_optimizer, static_argnums=1)
     self.apply = on_mesh(self._apply, donate_argnums=(0, 1), static_argnums=3)
     self.balance = on_mesh(self._balance, donate_argnums=0)
@@ -125,23 +126,29 @@ class Programs:
     return scored.logp.reshape(batch.tokens_RxT.shape)
 
   def _rl_gradients(
-    self, params: Params, sums: Gradients | None, batch: Tokens, fields: RLFields, only_minibatch: bool
+    self,
+    params: Params,
+    sums: Gradients | None,
+    batch: Tokens,
+    fields: RLFields,
+    objective: IcePopConfig,
+    only_minibatch: bool,
   ):
     """Adds the gradient of the IcePop loss to `sums` as above; returns (sums, (logp, entropy) [R, T]).
 
     `only_minibatch`: the weights are theta_old still, so that log-probs at theta_old are the ones computed here, and
     the PPO ratio is exactly 1.
     """
-    objective, shape = self._config.rl.objective, batch.tokens_RxT.shape
+    shape = batch.tokens_RxT.shape
 
     def loss_of(params):
       out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
-      flat = RLFields(*map(self._rows, fields))
+      flat = jax.tree.map(self._rows, fields)
       loss, metrics = policy_loss(
         *self._head(params, out.hidden_BxTxD), self._rows(batch.targets_RxT),
         None if only_minibatch else flat.logp_old_RxT, flat.logp_infer_RxT,
         flat.advantages_RxT, flat.mask_RxT, objective, temperature=self._config.rollout.temperature,
-        vocab_mask=self._mask_V, weights=flat.weights_RxT,
+        vocab_mask=self._mask_V, weights=flat.weights_RxT, logp_ref_N=flat.logp_ref_RxT,
       )  # fmt: skip
       return loss, (out.expert_counts_LxE, (metrics["logp"].reshape(shape), metrics["entropy"].reshape(shape)))
 

@@ -10,17 +10,17 @@ from typing import Any
 
 from configs.schema import RunConfig
 from ring_jax.train.evaluation import Evaluation
+from ring_jax.train.orchestrator import RLStep
 from ring_jax.train.report.console import Console
 from ring_jax.train.report.metrics import MetricsLog
 from ring_jax.train.report.plots import reward_curve
 from ring_jax.train.report.samples import Describe, SampleLog
 from ring_jax.train.report.trace import Span, Trace
-from ring_jax.train.rl import RLStep
 from ring_jax.train.watchdog import Watchdog
 from ring_jax.train.workdir import Workdir
 from rollout.driver import Clock
 
-_STAGES = {"start": "before SFT", "sft": "after SFT", "rl": "after RL"}
+_STAGES = {"start": "before SFT", "sft": "after SFT", "rl": "after RL", "rlhf": "after RLHF"}
 
 
 class RunReport:
@@ -74,15 +74,23 @@ class RunReport:
     )
     self._done = done
 
-  def rl_step(self, step: int, done: int, output: RLStep, describe: Describe) -> None:
+  def reward_step(self, step: int, done: int, metrics: dict[str, Any], positions: int, seconds: float) -> None:
+    rate = positions / seconds
+    self._metrics.log("reward", step, metrics, {"seconds/train": seconds, "positions_per_second/train": rate})
+    self.console.update(
+      done, loss=metrics["loss"], accuracy=metrics["pair_accuracy"], tokens_per_second={"train": rate}
+    )
+    self._done = done
+
+  def rl_step(self, phase: str, step: int, done: int, output: RLStep, describe: Describe) -> None:
     metrics, seconds = output.metrics, output.seconds
     rates = {
-      "rollout": output.tokens / seconds["rollout"],
+      "rollout": output.tokens / max(seconds.get("rollout", 0.0), 1e-9),
       "train": output.positions / max(seconds["logp"] + seconds["train"], 1e-9),
     }
     timings = {f"seconds/{name}": value for name, value in seconds.items()}
     self._metrics.log(
-      "rl", step, metrics, timings | {f"tokens_per_second/{kind}": rate for kind, rate in rates.items()}
+      phase, step, metrics, timings | {f"tokens_per_second/{kind}": rate for kind, rate in rates.items()}
     )
     self._samples.write(step, metrics["version"], output.rollouts, output.advantages, describe)
     self.trace.counter("tokens/s", **rates)
@@ -164,4 +172,4 @@ class SilentReport(RunReport):
   def _nothing(self, *arguments: Any, **named: Any) -> None:
     pass
 
-  begin = note = phase = sft_step = rl_step = evaluation = flush = summary = close = _nothing
+  begin = note = phase = sft_step = reward_step = rl_step = evaluation = flush = summary = close = _nothing

@@ -145,7 +145,13 @@ def test_collectives_are_counted_as_often_as_they_run():
   assert (gather.count, gather.bytes, gather.largest, gather.group) == (5, 5 * 128, 128, 4)
   assert (found["reduce-scatter"].bytes, found["reduce-scatter"].group) == (256, 4)
   assert "all-to-all" not in found and found["conditional all-to-all"].bytes == 64
-  assert hlo.largest_buffer(HLO) == 256
+
+
+def test_arrays_as_wide_as_the_vocabulary_are_found():
+  text = "%a = bf16[4,8,640]{2,1,0} fusion(%x)\n  %b = f32[640,16]{1,0} parameter(0)\n %c = f32[6400]{0} copy(%d)"
+  assert hlo.most_rows(text, 640) == 32
+  assert hlo.most_rows(text, 6400) == 1
+  assert hlo.most_rows(text, 64) == 0
 
 
 def test_what_eight_devices_exchange_is_read_from_a_real_program():

@@ -74,7 +74,7 @@ def trained(config, params, batch, mesh=None):
   params = jax.device_put(params, shardings)
   sft = programs.sft_gradients(params, None, tokens, fields.weights_RxT)
   logps = programs.logprobs(params, tokens)
-  sums, out = programs.rl_gradients(params, None, tokens, fields, False)
+  sums, out = programs.rl_gradients(params, None, tokens, fields, config.rl.objective, False)
   for grads in (sft, sums):
     for leaf, parameter in zip(jax.tree.leaves(grads.params), jax.tree.leaves(params), strict=True):
       assert leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim)
@@ -175,7 +175,7 @@ def test_optimizer_state_can_wait_in_host_memory(params, batch):
     programs = Programs(one, MASK, {"rl": make_optimizer(optimizer, 4)}, mesh)
     placed = jax.device_put(params, ring_model.param_shardings(config.model, mesh))
     state = programs.init_optimizer(placed, "rl")
-    grads = programs.rl_gradients(placed, None, tokens, fields, False)[0].params
+    grads = programs.rl_gradients(placed, None, tokens, fields, config.rl.objective, False)[0].params
     for _ in range(2):
       placed, state, _ = programs.apply(placed, state, jax.tree.map(jnp.copy, grads), "rl")
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state)}

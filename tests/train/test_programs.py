@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs.ring_tiny import get_config
-from configs.schema import Aggregate, Denominator, IcePopConfig, OptimizerConfig, PackingConfig, RLConfig
+from configs.schema import Aggregate, Denominator, IcePopConfig, OptimizerConfig, PackingConfig
 from kernels.icepop import icepop_loss
 from ring_jax import model as ring_model
 from ring_jax.records import Rollout
@@ -137,12 +137,12 @@ def test_rl_gradient_over_packed_microbatches_is_that_of_padded_rows(params, rol
   expected_loss, expected = jax.value_and_grad(loss)(theta)
 
   config, programs = make(objective, rows=2)
-  (minibatch,) = rl_minibatches(made, advantages, config.rl, config.packing, 0)
+  (minibatch,) = rl_minibatches(made, config.packing)
   assert len(minibatch.microbatches) > 1
   logp_old = [np.asarray(programs.logprobs(params, model_tokens(batch))) for batch in minibatch.microbatches]
   sums = None
-  for batch, fields in zip(minibatch.microbatches, rl_fields(minibatch, logp_old, objective), strict=True):
-    sums, _ = programs.rl_gradients(theta, sums, model_tokens(batch), fields, False)
+  for batch, fields in zip(minibatch.microbatches, rl_fields(minibatch, advantages, logp_old, objective), strict=True):
+    sums, _ = programs.rl_gradients(theta, sums, model_tokens(batch), fields, objective, False)
   assert abs(float(sums.loss) - float(expected_loss)) < 1e-5 * max(1.0, abs(float(expected_loss)))
   assert_close(sums.params, expected)
 
@@ -151,32 +151,35 @@ def test_the_only_minibatch_needs_no_old_logps(params, rollouts):
   """theta_old = theta: the gradient with log-probs recomputed by the trainer is the gradient without."""
   made, advantages = rollouts
   config, programs = make()
-  (minibatch,) = rl_minibatches(made, advantages, config.rl, config.packing, 0)
+  (minibatch,) = rl_minibatches(made, config.packing)
   logp_old = [np.asarray(programs.logprobs(params, model_tokens(batch))) for batch in minibatch.microbatches]
   results = []
   for known in (logp_old, None):
     sums = None
-    for batch, fields in zip(minibatch.microbatches, rl_fields(minibatch, known, IcePopConfig()), strict=True):
-      sums, (logp, entropy) = programs.rl_gradients(params, sums, model_tokens(batch), fields, known is None)
+    for batch, fields in zip(
+      minibatch.microbatches, rl_fields(minibatch, advantages, known, IcePopConfig()), strict=True
+    ):
+      sums, (logp, entropy) = programs.rl_gradients(
+        params, sums, model_tokens(batch), fields, IcePopConfig(), known is None
+      )
       assert np.isfinite(logp).all() and (np.asarray(entropy)[fields.mask_RxT > 0] > 0).all()
     results.append(sums.params)
   assert_close(*results)
 
 
 def test_minibatches_share_out_all_rollouts_and_their_order_is_seeded(rollouts):
-  made, advantages = rollouts
-  config = RLConfig(steps=1, minibatches=3)
+  made, _ = rollouts
   packing = PackingConfig(length=40, rows=2)
 
   def tokens_of(seed):
-    parts = rl_minibatches(made, advantages, config, packing, seed)
-    assert [part.num_sequences for part in parts] == [4, 3, 3]
+    parts = rl_minibatches(made, packing, 3, seed)
+    assert [len(part.rollouts) for part in parts] == [4, 3, 3]
     return [sum(int((batch.fields["mask"] > 0).sum()) for batch in part.microbatches) for part in parts]
 
   assert tokens_of(1) == tokens_of(1)
   assert sum(tokens_of(1)) == sum(len(rollout.tokens) for rollout in made)
   assert len({tuple(tokens_of(seed)) for seed in range(5)}) > 1
-  assert rl_minibatches([], advantages[:0], config, packing, 0) == []
+  assert rl_minibatches([], packing, 3, 0) == []
 
 
 def test_optimizer_warms_up_decays_weights_only_and_leaves_selection_biases_alone(params):

@@ -19,7 +19,12 @@ from ring_jax.train.workdir import write_atomic
 
 _BLUE, _ORANGE, _GREEN, _GREY = "#2563a8", "#d9731a", "#2f8f4e", "#8a8f98"
 _WINDOW = 10  # RL steps of the running mean
-_FINAL = {"start": "before SFT", "sft": "after SFT", "rl": "after RL"}  # names of the full evaluations
+_FINAL = {
+  "start": "before SFT",
+  "sft": "after SFT",
+  "rl": "after RL",
+  "rlhf": "after RLHF",
+}  # names of the full evaluations
 _STYLE = {
   "font.size": 9.5,
   "axes.spines.top": False,
@@ -49,7 +54,9 @@ def reward_curve(log: pathlib.Path, out: pathlib.Path, title: str = "") -> None:
       _draw_reward(top, records)
       _draw_below(bottom, records)
       top.set_title(title or "Reward and held-out accuracy", loc="left", fontweight="bold")
-      bottom.set_xlabel(", then ".join(f"{phase.upper()} steps" for phase in ("sft", "rl") if _of(records, phase)))
+      bottom.set_xlabel(
+        ", then ".join(f"{phase.upper()} steps" for phase in ("sft", "rl", "reward", "rlhf") if _of(records, phase))
+      )
       image = io.BytesIO()
       figure.savefig(image, format="png")
     finally:
@@ -96,8 +103,7 @@ def _draw_below(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
   Loss and entropy are a factor of ten apart and both fall for long: logarithmic.
   """
   losses = _series(_of(records, "sft"), "loss")
-  entropies = _series(_of(records, "rl"), "policy/entropy")
-  masked = _series(_of(records, "rl"), "mismatch/masked")
+  entropies, masked = (_series(_of(records, "rl", "rlhf"), name) for name in ("policy/entropy", "mismatch/masked"))
   if len(losses[0]):
     axes.plot(*losses, color=_GREY, linewidth=1.1, label="SFT loss")
   if len(entropies[0]):
@@ -144,8 +150,8 @@ def _legend(axes: Axes, place: str) -> None:
     axes.legend(handles, labels, loc=place, fontsize=8.5, bbox_to_anchor=(0, 0.95))  # below the names of the phases
 
 
-def _of(records: Sequence[Mapping[str, Any]], phase: str) -> list[Mapping[str, Any]]:
-  return [record for record in records if record.get("phase") == phase]
+def _of(records: Sequence[Mapping[str, Any]], *phases: str) -> list[Mapping[str, Any]]:
+  return [record for record in records if record.get("phase") in phases]
 
 
 def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

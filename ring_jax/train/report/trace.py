@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import json
 import pathlib
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -43,6 +44,7 @@ class Trace:
     }
     write_atomic(path, "[\n" + ",\n".join(json.dumps(event) for event in events))
     self._empty = not events
+    self._lock = threading.Lock()  # roles that work at the same time write from threads of their own
     self._file = open(path, "a")  # noqa: SIM115 (it stays open from event to event)
     last = max((event["ts"] + event.get("dur", 0.0) for event in events if "ts" in event), default=0.0)
     self._origin = time.perf_counter() - last / 1e6
@@ -103,9 +105,10 @@ class Trace:
     return self._tracks[kind]
 
   def _emit(self, event: dict[str, Any]) -> None:
-    self._file.write(("" if self._empty else ",\n") + json.dumps(event))
-    self._file.flush()
-    self._empty = False
+    with self._lock:
+      self._file.write(("" if self._empty else ",\n") + json.dumps(event))
+      self._file.flush()
+      self._empty = False
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

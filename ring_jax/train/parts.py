@@ -1,0 +1,171 @@
+"""What a job consists of, made from its config: data, roles on their devices, phases; and the weights that they work on."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from configs.placement import num_devices
+from configs.schema import Role, RunConfig
+from ring_jax.checkpoint.store import Restored
+from ring_jax.data.preferences import PreferenceStream
+from ring_jax.data.tasks import Problem
+from ring_jax.data.tokenizer import Tokenizer
+from ring_jax.model import scalar_from_actor
+from ring_jax.rewards.pool import ScoringPool
+from ring_jax.train.assets import check_vocabulary, initial_params, prepare_tasks
+from ring_jax.train.optimizer import make_optimizer
+from ring_jax.train.orchestrator import Orchestrator
+from ring_jax.train.preference import RewardModelPhase
+from ring_jax.train.roles import Roles, Weights
+from ring_jax.train.scoring import Scorer
+from ring_jax.train.sft import SFTPhase
+from ring_jax.train.stream import ProblemStream
+from ring_jax.train.turns import Turns
+from ring_jax.train.workdir import Workdir
+from rollout.driver import RolloutDriver
+from rollout.engine import RingEngine
+from rollout.scheduler import C3POScheduler
+from sharding.placement import Placement
+
+_RL = ("rl", "rlhf")
+
+
+@dataclasses.dataclass
+class Parts:
+  """The machinery of a job; its state is elsewhere, but for cursors, scheduler and the engine's cache."""
+
+  config: RunConfig
+  tokenizer: Tokenizer
+  held_out: list[Problem]
+  scorer: Scorer
+  roles: Roles
+  scheduler: C3POScheduler
+  driver: RolloutDriver
+  streams: dict[str, ProblemStream | PreferenceStream]
+  sft: SFTPhase
+  reward: RewardModelPhase | None  # None: the run has none
+  rl: dict[str, Orchestrator]
+
+  @classmethod
+  def of(cls, config: RunConfig, workdir: Workdir, pool: ScoringPool | None, span: Callable[..., Any]) -> "Parts":
+    """Args:
+    pool: running, on the first process.
+    span: times and shows work; takes its kind and the step.
+    """
+    tokenizer, tasks = prepare_tasks(
+      config.task, config.tokenizer, config.rollout, config.seed, config.init, workdir.tokenizer
+    )
+    check_vocabulary(tokenizer, config.model)
+    mask_V = tokenizer.sampleable_mask(config.model.vocab_size)
+    optimizers = {
+      "sft": make_optimizer(config.sft.optimizer, config.sft.steps),
+      "rl": make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.minibatches),
+      "rlhf": make_optimizer(config.rlhf.optimizer, config.rlhf.steps * config.rlhf.minibatches),
+    }
+    seats = config.seats
+    devices = jax.devices()[: num_devices(seats)]
+    placement = Placement.of_seats(config.placement.strategy, seats, devices)
+    roles, turns = Roles(config, placement, mask_V, optimizers), Turns(placement)
+    engine = RingEngine(
+      config.model, config.rollout, eos_ids=tokenizer.eos_ids, vocab_mask_V=mask_V, seed=config.seed,
+      mesh=roles.meshes[Role.ROLLOUT],
+    )  # fmt: skip
+    scheduler = C3POScheduler(config.rollout)
+    driver = RolloutDriver(engine, scheduler, lambda: turns.of(Role.ROLLOUT))
+    streams = {name: ProblemStream(tasks, tokenizer) for name in ("sft", "rl")}
+    scorer, problems = Scorer(pool, tokenizer), streams["rl"]
+    score = lambda rollouts: scorer.score(rollouts, lambda rollout: problems.problem(rollout.problem))  # noqa: E731
+    reward = None
+    if config.reward_model.steps:
+      streams["reward"] = PreferenceStream(tasks, tokenizer, config.seed)
+      reward = RewardModelPhase(config, roles.scalar(Role.REWARD), streams["reward"])
+    phases = {name: Orchestrator(config, name, roles, turns, engine, driver, score, problems, span) for name in _RL}
+    return cls(
+      config, tokenizer, tasks.held_out(), scorer, roles, scheduler, driver, streams,
+      SFTPhase(config, roles.actor, streams["sft"]), reward, phases,
+    )  # fmt: skip
+
+  # ---- weights
+
+  def fresh(self) -> Weights:
+    """As a run begins."""
+    model, init, seed = self.config.model, self.config.init, self.config.seed
+    params = initial_params(model, init, seed, self.roles.meshes[Role.ACTOR])
+    return Weights(params, self.roles.actor.init_optimizer(params, "sft"))
+
+  def begin(self, phase: str, weights: Weights) -> None:
+    """What a phase trains and looks up, made of what there is: the reference is the actor as it is now, the reward model
+    starts from the actor, the critic from the reward model or, without one, from the actor.
+    """
+    roles, config = self.roles, self.config
+    weights.reference = weights.critic = weights.critic_state = weights.reward_state = None
+    if phase == "reward":
+      weights.reward = roles.hand_over(scalar_from_actor(weights.actor), Role.REWARD)
+      weights.reward_state = roles.scalar(Role.REWARD).init_optimizer(weights.reward, "reward")
+      return
+    weights.actor_state = roles.actor.init_optimizer(weights.actor, phase)
+    wanted = getattr(config, phase).roles if getattr(config, phase).steps else ()
+    if Role.REFERENCE in wanted:
+      weights.reference = roles.hand_over(weights.actor, Role.REFERENCE)
+    if Role.CRITIC in wanted:
+      start = scalar_from_actor(weights.actor) if weights.reward is None else weights.reward
+      weights.critic = roles.hand_over(start, Role.CRITIC)
+      weights.critic_state = roles.scalar(Role.CRITIC).init_optimizer(weights.critic, f"{phase}.critic")
+    if Role.REWARD not in wanted:
+      weights.reward = None
+
+  # ---- what a checkpoint holds beside the actor
+
+  def extra(self, weights: Weights) -> dict[str, Any] | None:
+    """Arrays: other roles, and the engine's cache where it must go on with what it has."""
+    found = weights.beside_actor()
+    if self.driver.device_state is not None:
+      found["cache"] = self.driver.device_state
+    return found or None
+
+  def abstract_extra(self, phase: str) -> dict[str, Any] | None:
+    """The shapes and shardings of `extra`, as it is in a phase."""
+    roles = self.roles
+    phase, found = self._last(phase), {}
+    if phase == "reward":
+      found["reward"] = roles.abstract(Role.REWARD)
+      found["reward_state"] = roles.scalar(Role.REWARD).abstract_optimizer(found["reward"], "reward")
+    elif phase in _RL and getattr(self.config, phase).steps:
+      wanted = getattr(self.config, phase).roles
+      for role in (Role.REFERENCE, Role.CRITIC, Role.REWARD):
+        if role in wanted:
+          found[role.value] = roles.abstract(role)
+      if Role.CRITIC in wanted:
+        critic = roles.scalar(Role.CRITIC)
+        found["critic_state"] = critic.abstract_optimizer(found["critic"], f"{phase}.critic")
+    cache = self.driver.abstract_device_state()
+    if cache is not None:
+      found["cache"] = cache
+    return found or None
+
+  def abstract_actor_state(self, phase: str) -> Any:
+    phase = "rl" if phase == "reward" else self._last(phase)
+    return self.roles.actor.abstract_optimizer(self.roles.abstract(Role.ACTOR), phase)
+
+  def largest_checkpoint(self) -> Any:
+    """Shapes of all that the fullest phase saves."""
+    phases = [
+      self.abstract_extra(phase) for phase in ("sft", "rl", "reward", "rlhf") if phase != "reward" or self.reward
+    ]
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return self.roles.abstract(Role.ACTOR), self.abstract_actor_state("sft"), max(phases, key=size)
+
+  def restored(self, found: Restored) -> Weights:
+    """The weights of a checkpoint; the engine's cache goes to the driver."""
+    extra = dict(found.extra or {})
+    if "cache" in extra:
+      self.driver.restore_device_state(extra.pop("cache"))
+    return Weights(found.params, found.optimizer_state, **extra)
+
+  def _last(self, phase: str) -> str:
+    """The phase that a finished run ended with."""
+    if phase != "done":
+      return phase
+    return "rlhf" if self.config.rlhf.steps else "rl"
