@@ -37,8 +37,13 @@ def shaken(params):
 
 
 @pytest.fixture(scope="module")
-def params():
-  return shaken(ring_model.init_scalar(MODEL, 1))
+def fresh():
+  return ring_model.init_scalar(MODEL, 1)
+
+
+@pytest.fixture(scope="module")
+def params(fresh):
+  return shaken(fresh)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +79,9 @@ def distance(got, want):
   return norm(np.float64(a) - np.float64(b) for a, b in pairs) / norm(b for _, b in pairs)
 
 
-def test_tree_is_the_actor_s_trunk_and_a_zero_head():
-  actor = ring_model.init_params(MODEL, 7)
-  made, fresh = ring_model.scalar_from_actor(actor), ring_model.init_scalar(MODEL, 7)
+def test_tree_is_the_actor_s_trunk_and_a_zero_head(fresh):
+  actor = ring_model.init_params(MODEL, 1)
+  made = ring_model.scalar_from_actor(actor)
   trunk = {name: part for name, part in actor.items() if name not in ("lm_head", "mtp")}
   jax.tree.map(np.testing.assert_array_equal, made, fresh)
   jax.tree.map(np.testing.assert_array_equal, made["trunk"], trunk)
@@ -85,29 +90,33 @@ def test_tree_is_the_actor_s_trunk_and_a_zero_head():
   shape = lambda leaf: (leaf.shape, leaf.dtype)  # noqa: E731
   assert jax.tree.map(shape, ring_model.abstract_scalar(MODEL)) == jax.tree.map(shape, made)
   # The actor survives the donation of what was made of it.
-  jax.jit(lambda tree: jax.tree.map(jnp.add, tree, tree), donate_argnums=0)(made)
+  jax.jit(lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), donate_argnums=0)(made)
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(actor))
 
 
 def test_the_head_is_float32_on_a_bfloat16_trunk():
   half = dataclasses.replace(MODEL, param_dtype="bfloat16", dtype="bfloat16")
-  made = ring_model.init_scalar(half, 0)
+  made = jax.eval_shape(ring_model.scalar_from_actor, ring_model.abstract_params(half))
   assert {str(leaf.dtype) for leaf in jax.tree.leaves(made["head"])} == {"float32"}
-  assert jax.tree.map(lambda leaf: leaf.dtype, ring_model.abstract_scalar(half)) == jax.tree.map(
-    lambda leaf: leaf.dtype, made
-  )
-  assert ring_model.scalar_values(half, made, TOKENS[:1]).dtype == jnp.float32
+  same = lambda one, other: one.dtype == other.dtype and one.shape == other.shape  # noqa: E731
+  assert all(jax.tree.leaves(jax.tree.map(same, made, ring_model.abstract_scalar(half))))
+  values = jax.eval_shape(lambda *x: ring_model.scalar_values(half, *x), made, TOKENS)
+  assert values.dtype == jnp.float32 and values.shape == TOKENS.shape
 
 
 def test_values_are_those_of_each_sequence_alone(params, batch):
   tokens, positions, segments, _ = batch
   values = np.asarray(jax.jit(lambda *x: ring_model.scalar_values(MODEL, *x))(params, tokens, positions, segments))
   assert np.isfinite(values).all()
-  for row, span in ((0, slice(0, 6)), (0, slice(6, 15)), (1, slice(6, 12))):
-    part = tokens[row : row + 1, span]
-    hidden = ring_model.forward(MODEL, params["trunk"], part, mtp=False).hidden_BxTxD[0]
-    expected = np.float64(hidden) @ np.float64(params["head"]["kernel"]) + params["head"]["bias"]
-    np.testing.assert_allclose(values[row, span], expected, atol=3e-6)
+  # Each sequence in a row of its own, with what is not its own as padding.
+  hidden_of = jax.jit(lambda *x: ring_model.forward(MODEL, *x, mtp=False).hidden_BxTxD)
+  for row, first, last in ((0, 0, 6), (0, 6, 15), (1, 6, 12)):
+    alone = np.zeros_like(tokens)
+    alone[0, : last - first] = tokens[row, first:last]
+    valid = (np.arange(LENGTH) < last - first).astype(np.int32) * (np.arange(ROWS) == 0)[:, None].astype(np.int32)
+    hidden = hidden_of(params["trunk"], alone, np.arange(LENGTH, dtype=np.int32) * np.ones_like(valid), valid)
+    expected = np.float64(hidden) @ np.float64(params["head"]["kernel"]) + np.float64(params["head"]["bias"])
+    np.testing.assert_allclose(values[row, first:last], expected[0, : last - first], atol=3e-6)
 
 
 MESHES = {
@@ -131,16 +140,17 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device(name, params, ba
     assert leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim)
 
 
-def test_parameters_are_made_where_the_shardings_say():
-  config = dataclasses.replace(MODEL, parallel=MESHES["data fsdp tensor"])
+def test_parameters_are_made_where_the_shardings_say(fresh):
+  config = dataclasses.replace(MODEL, num_nextn_predict_layers=0, parallel=MESHES["data fsdp tensor"])
   mesh = make_mesh(config.parallel.mesh)
-  actor = jax.device_put(ring_model.init_params(MODEL, 5), ring_model.param_shardings(config, mesh))
+  actor = jax.device_put(fresh["trunk"] | {"lm_head": {"kernel": np.ones((32, 48), np.float32)}},
+                         ring_model.param_shardings(config, mesh))  # fmt: skip
   made, abstract = ring_model.scalar_from_actor(actor), ring_model.abstract_scalar(config, mesh)
-  fresh = ring_model.init_scalar(config, 5, mesh)
   jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (made, fresh)))
-  for leaf, other, shape in zip(*map(jax.tree.leaves, (made, fresh, abstract)), strict=True):
+  for leaf, shape in zip(*map(jax.tree.leaves, (made, abstract)), strict=True):
     assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
-    assert other.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
+  traced = jax.eval_shape(lambda: ring_model.init_scalar(config, 1, mesh))
+  assert jax.tree.structure(traced) == jax.tree.structure(abstract)
 
 
 def test_weight_decay_takes_matrices_and_the_head_kernel_only(params):
