@@ -25,9 +25,7 @@ def get_config() -> RunConfig:
       reward="model",
       advantage="gae",
       objective=base.rl.objective,
-      ppo=PPOConfig(
-        reward_clip=5.0, value_clip=0.5, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5)
-      ),
+      ppo=PPOConfig(reward_clip=5.0, value_clip=0.5, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5)),
       optimizer=base.rl.optimizer,
       eval_every=25,
     ),

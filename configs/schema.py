@@ -236,6 +236,7 @@ class RunConfig:
     for name, count in (
       ("sft.probe_problems", self.sft.probe_problems),
       ("rl.eval_problems", self.rl.eval_problems),
+      ("reward_model.probe_pairs", self.reward_model.probe_pairs if self.reward_model.steps else 0),
       ("rlhf.eval_problems", self.rlhf.eval_problems if self.rlhf.steps else 0),
     ):
       require(

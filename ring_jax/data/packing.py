@@ -4,6 +4,9 @@ First-fit decreasing: sequences are taken longest first (ties by their order), e
 room, which needs at most 11/9 of the fewest possible rows, and one more.  Rows are then cut into microbatches; rows
 that are left over at the end hold padding.  The result is a function of the sequences alone.
 
+`pack_groups` keeps the sequences of a group in one microbatch, for a loss that compares them: groups are taken by their
+longest sequence, each goes into the first microbatch whose rows have room for all of it.
+
 In a row, segment ids count its sequences from 1 (0 is padding) and positions restart with each.  A position's target is
 the next token of its sequence; the last one has none.
 
@@ -62,6 +65,36 @@ def pack(sequences: Sequence[Mapping[str, Any]], length: int, rows: int) -> list
   return [_fill(sequences, placed[first : first + rows], length, rows) for first in range(0, len(placed), rows)]
 
 
+def pack_groups(groups: Sequence[Sequence[Mapping[str, Any]]], length: int, rows: int) -> list[PackedBatch]:
+  """Packs sequences so that those of a group lie in one microbatch, in whichever of its rows.
+
+  Args and errors as of `pack`, and ConfigError for a group that does not fit in a microbatch.  In `where`, sequences are
+  counted through all groups.
+  """
+  sequences = [sequence for group in groups for sequence in group]
+  for index, sequence in enumerate(sequences):
+    _check_fields(index, sequence, sequences[0])
+  sizes = [len(sequence["tokens"]) for sequence in sequences]
+  last = np.cumsum([len(group) for group in groups], dtype=int)
+  members = [range(end - len(group), end) for end, group in zip(last.tolist(), groups, strict=True) if len(group)]
+  batches: list[list[list[int]]] = []  # which sequences go into each row of each microbatch
+  for group in sorted(members, key=lambda group: (-max(sizes[index] for index in group), group.start)):
+    if not any(_join(batch, group, sizes, length) for batch in batches):
+      batches.append([[] for _ in range(rows)])
+      if not _join(batches[-1], group, sizes, length):
+        tokens = " + ".join(str(sizes[index]) for index in group)
+        raise ConfigError(
+          f"packing.length={length}, rows={rows}: {tokens} tokens that must lie in one microbatch do not fit in it"
+        )
+  return [_fill(sequences, batch, length, rows) for batch in batches]
+
+
+def unpack(batches: Sequence[PackedBatch], values: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """Per-position values [R, T] of each microbatch back to the sequences, in their order."""
+  found = [item for batch, values_RxT in zip(batches, values, strict=True) for item in batch.unpack(values_RxT).items()]
+  return [own for _, own in sorted(found, key=lambda item: item[0])]
+
+
 def fill_ratio(batches: Sequence[PackedBatch]) -> float:
   """Share of the positions of all batches that are not padding; 0 without batches."""
   return float(np.mean([batch.fill for batch in batches])) if batches else 0.0
@@ -92,6 +125,21 @@ def _place(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     rows[row].append(index)
     room[row] -= size
   return rows
+
+
+def _join(batch: list[list[int]], group: Sequence[int], sizes: Sequence[int], capacity: int) -> bool:
+  """Puts a group into the rows of a microbatch, the longest first, if there is room for all of it."""
+  room = [capacity - sum(sizes[index] for index in row) for row in batch]
+  found = []
+  for index in sorted(group, key=lambda index: (-sizes[index], index)):
+    row = next((row for row, left in enumerate(room) if 0 < sizes[index] <= left), None)
+    if row is None:
+      return False
+    room[row] -= sizes[index]
+    found.append((row, index))
+  for row, index in found:
+    batch[row].append(index)
+  return True
 
 
 def _fill(sequences: Sequence[Mapping[str, Any]], placed: list[list[int]], length: int, rows: int) -> PackedBatch:

@@ -12,6 +12,7 @@ from ring_jax.model.api import (
 )
 from ring_jax.model.attention import KVCache, cache_axes, init_cache, page_table
 from ring_jax.model.router import updated_bias
+from ring_jax.model.scalar import abstract_scalar, init_scalar, scalar_from_actor, scalar_shardings, scalar_values
 from ring_jax.model.transformer import ForwardOutput
 
 __all__ = [
@@ -19,14 +20,19 @@ __all__ = [
   "KVCache",
   "Params",
   "abstract_params",
+  "abstract_scalar",
   "cache_axes",
   "decode_step",
   "forward",
   "init_cache",
   "init_params",
+  "init_scalar",
   "is_router_bias",
   "num_params",
   "page_table",
   "param_shardings",
+  "scalar_from_actor",
+  "scalar_shardings",
+  "scalar_values",
   "updated_bias",
 ]

@@ -15,15 +15,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from configs.schema import Advantage, PackingConfig, Reward, RLConfig, Role
+from configs.schema import Advantage, PPOConfig, Reward, Role, RunConfig
+from ring_jax.model import Params
 from ring_jax.records import Rollout
 from ring_jax.rewards.pool import Kind
 from ring_jax.rl.advantages import group_advantages, has_signal
 from ring_jax.rl.ppo import gae, token_rewards
-from ring_jax.train.batches import rl_minibatches
+from ring_jax.train.batches import model_tokens, rl_minibatches
 from ring_jax.train.report.trace import Span
 from ring_jax.train.roles import Roles, Weights
 from ring_jax.train.turns import Turns
+from sharding.processes import fetch
+from sharding.rules import Program
 
 Score = Callable[[Sequence[Rollout]], Counter[Kind]]  # sets the reward of every rollout
 Spans = Callable[[str], contextlib.AbstractContextManager[Span]]
@@ -47,12 +50,13 @@ class Judges:
   """Asks all roles that have something to say in a phase.
 
   Args:
-    phase: what it needs.
+    name: of the phase.
     score: the verifier.
   """
 
-  def __init__(self, phase: RLConfig, packing: PackingConfig, roles: Roles, turns: Turns, score: Score):
-    self._phase, self._packing, self._roles, self._turns, self._score = phase, packing, roles, turns, score
+  def __init__(self, config: RunConfig, name: str, roles: Roles, turns: Turns, score: Score):
+    self._name, self._phase, self._packing = name, getattr(config, name), config.packing
+    self._roles, self._turns, self._score = roles, turns, score
 
   def __call__(self, rollouts: Sequence[Rollout], weights: Weights, shadow, span: Spans) -> Experience:
     """Judges rollouts.
@@ -68,20 +72,20 @@ class Judges:
     (batch,) = batches
     roles, judge = self._roles, self._roles.judge
 
-    def timed(name: str, work):
-      def job():
+    def job(name: str, program: Program, params: Params) -> Callable[[], list[np.ndarray]]:
+      def work():
         with span(name):
-          return work()
+          return [fetch(program(params, model_tokens(one))) for one in batch.microbatches]
 
-      return job
+      return work
 
     jobs = {}
     if weights.reference is not None:
-      jobs[Role.REFERENCE] = timed("reference", lambda: roles.reference_logps(weights.reference, batch))
+      jobs[Role.REFERENCE] = job("reference", roles.reference.logprobs, weights.reference)
     if self._phase.reward is Reward.MODEL:
-      jobs[Role.REWARD] = timed("reward", lambda: roles.values(Role.REWARD, weights.reward, batch))
+      jobs[Role.REWARD] = job("reward", roles.reward.values, weights.reward)
     if shadow is not None:
-      jobs[judge] = timed("values", lambda: roles.values(judge, shadow, batch))
+      jobs[judge] = job("values", roles.critic(self._name, judge).values, shadow)
     said = self._turns.together(jobs)
     if Role.REWARD in said:
       for rollout, score in zip(found.rollouts, batch.last(said[Role.REWARD]), strict=True):
@@ -104,14 +108,13 @@ def relative(experience: Experience, kind: Advantage) -> tuple[np.ndarray, np.nd
 
 
 def by_critic(
-  experience: Experience, phase: RLConfig, logp_old: Sequence[np.ndarray] | None
+  experience: Experience, config: PPOConfig, logp_old: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
   """(advantages, returns) of each token of each rollout.
 
   Args:
-    logp_old: of each rollout's answer at theta_old; needed where the rewards have a KL term.
+    logp_old: of each rollout's answer at theta_old; what stands there has no influence without a KL term.
   """
   scores = [rollout.reward for rollout in experience.rollouts]
-  lengths = [len(rollout.tokens) for rollout in experience.rollouts]
-  rewards = token_rewards(lengths, logp_old, experience.logp_ref, scores, phase.ppo)
-  return gae(rewards, experience.values, phase.ppo)
+  rewards = token_rewards(logp_old, experience.logp_ref, scores, config)
+  return gae(rewards, experience.values, config)

@@ -167,7 +167,7 @@ class Job:
         self._checkpoint_if_due()
     if config.steps:
       with self._report.span("eval", step=progress.step):
-        self._report.preferences(progress.step, phase.accuracy(self.weights.reward))
+        self._report.preferences(progress.step, phase.accuracy(self.weights.reward, self._parts.held_out_pairs))
     self._enter("rlhf", save=True)
 
   def _enter(self, phase: str, save: bool) -> None:

@@ -7,10 +7,11 @@ transformation finds nothing left to clip.
 
     embedding, head, norms      at once
     each stack of layers        layer after layer: state to the device, step, state back to the host
+
+A stack lies at the top of an actor's tree, and below `trunk` in that of a scalar model.
 """
 
-import functools
-import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -38,10 +39,11 @@ def update(
     updates, state = optimizer.update(clipped, jax.device_put(state, jax.memory.Space.Device), params)
     return optax.apply_updates(params, updates), jax.device_put(state, jax.memory.Space.Host)
 
-  rest = names - set(_STACKS)
-  parts = [step(*(_part(tree, names, rest) for tree in (params, opt_state, grads)))]
-  for stack in sorted(names & set(_STACKS)):
-    parts.append(_layer_by_layer(step, stack, *(_part(tree, names, {stack}) for tree in (params, opt_state, grads))))
+  trees = (params, opt_state, grads)
+  parts = [step(*(_part(tree, names, None) for tree in trees))]
+  for stack in _STACKS:
+    if any(jax.tree_util.DictKey(stack) in path for path, _ in jax.tree.leaves_with_path(params)):
+      parts.append(_layer_by_layer(step, stack, *(_part(tree, names, stack) for tree in trees)))
   return _joined(parts)
 
 
@@ -67,15 +69,36 @@ def _layer_by_layer(step, stack: str, params: Params, state: Any, grads: Params)
   return params, jax.tree.unflatten(tree, new)
 
 
-def _part(tree: Any, names: frozenset[str], wanted) -> Any:
-  """The tree with only `wanted` of every parameter tree in it."""
+def _part(tree: Any, names: frozenset[str], stack: str | None) -> Any:
+  """The tree with only a stack of every parameter tree in it; None: with all that is in no stack."""
   is_params = lambda node: isinstance(node, dict) and node.keys() == names  # noqa: E731
-  cut = lambda node: {name: node[name] for name in wanted} if is_params(node) else node  # noqa: E731
-  return jax.tree.map(cut, tree, is_leaf=is_params)
+  return jax.tree.map(lambda node: _cut(node, stack) if is_params(node) else node, tree, is_leaf=is_params)
+
+
+def _cut(params: Params, stack: str | None) -> Params:
+  kept = {}
+  for name, below in params.items():
+    if name in _STACKS:
+      wanted = name == stack
+    elif isinstance(below, dict):
+      below = _cut(below, stack)
+      wanted = bool(below)
+    else:
+      wanted = stack is None
+    if wanted:
+      kept[name] = below
+  return kept
 
 
 def _joined(parts: list[Any]) -> Any:
   """The inverse of `_part`; what is not a parameter tree comes from the first."""
   is_params = lambda node: isinstance(node, dict)  # noqa: E731
-  join = lambda *nodes: functools.reduce(operator.or_, nodes) if is_params(nodes[0]) else nodes[0]  # noqa: E731
+  join = lambda *nodes: _union(nodes) if is_params(nodes[0]) else nodes[0]  # noqa: E731
   return jax.tree.map(join, *parts, is_leaf=is_params)
+
+
+def _union(parts: Sequence[Params]) -> Params:
+  """Nested dicts, none of whose leaves is in two of them, as one."""
+  names = {name for part in parts for name in part}
+  found = {name: [part[name] for part in parts if name in part] for name in names}
+  return {name: _union(below) if isinstance(below[0], dict) else below[0] for name, below in found.items()}

@@ -16,7 +16,8 @@ from ring_jax.rl.metrics import step_metrics
 from ring_jax.train.batches import Minibatch, model_tokens, rl_fields, rl_minibatches
 from ring_jax.train.experience import Experience, Spans, by_critic, relative
 from ring_jax.train.roles import Roles, Weights
-from ring_jax.train.scalar_programs import ValueFields
+from ring_jax.train.scalar_batches import value_batches
+from ring_jax.train.scalar_programs import value_metrics
 from ring_jax.train.turns import Turns
 from sharding.processes import fetch
 
@@ -69,8 +70,8 @@ class Learner:
       for part, logp_old in zip(minibatches, old, strict=True):
         chosen = kept.take(part.index)
         if self._by_critic:
-          gathered = None if logp_old is None else part.gather(logp_old)
-          own, returns = by_critic(chosen, self._phase, gathered)
+          old_logps = [rollout.logps for rollout in part.rollouts] if logp_old is None else part.gather(logp_old)
+          own, returns = by_critic(chosen, self._phase.ppo, old_logps)
           shown[part.index] = [float(np.mean(values)) if len(values) else 0.0 for values in own]
         else:
           own, returns = advantages[np.flatnonzero(signal)][part.index], None
@@ -124,14 +125,9 @@ class Learner:
     tally.norms.append(float(norm))
 
   def _update_critic(self, weights: Weights, part: Minibatch, chosen: Experience, returns: list[np.ndarray]) -> None:
-    ppo, programs = self._phase.ppo, self._roles.scalar(Role.CRITIC)
-    count = max(sum(map(len, returns)), 1)
-    weight = [np.full(len(values), ppo.value_coef / 2 / count, np.float32) for values in returns]
-    spread = (part.spread(values) for values in (chosen.values, returns, weight))
-    sums = None
-    for batch, *fields in zip(part.microbatches, *spread, strict=True):
-      sums = programs.value_gradients(weights.critic, sums, model_tokens(batch), ValueFields(*fields), ppo.value_clip)
-    weights.critic, weights.critic_state, norm = programs.apply(
-      weights.critic, weights.critic_state, sums.params, f"{self._name}.critic"
-    )
-    pass
+    programs, sums = self._roles.critic(self._name), None
+    for tokens, fields in value_batches(part.rollouts, chosen.values, returns, self._phase.ppo, self._packing):
+      sums = programs.value_gradients(weights.critic, sums, tokens, fields)
+    metrics = value_metrics(sums)
+    weights.critic, weights.critic_state, norm = programs.apply(weights.critic, weights.critic_state, sums.params)
+    self._tally.critic.append(metrics | {"grad_norm": float(norm)})

@@ -6,7 +6,6 @@ import jax
 import optax
 
 from configs.schema import OptimizerConfig, Schedule
-from ring_jax.model import is_router_bias
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -25,8 +24,9 @@ def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
   """The transformation for a phase of `total_steps` steps.
 
-  Norm scales are not decayed, and neither is the router's selection bias: no gradient reaches that one, so an update
-  of it is exactly zero.
+  Matrices are decayed, the scalar model's head kernel among them.  Norm scales are not, and neither are biases: the
+  head's, which is the mean of what it predicts, and the router's, which no gradient reaches, so that an update of it is
+  exactly zero.
   """
   return optax.chain(
     optax.clip_by_global_norm(config.grad_clip),
@@ -38,7 +38,4 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
 
 
 def _decayed(params: Any) -> Any:
-  def is_matrix(path, _):
-    return path[-1].key != "scale" and not is_router_bias(path)
-
-  return jax.tree_util.tree_map_with_path(is_matrix, params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)

@@ -96,7 +96,7 @@ class Orchestrator:
   ):
     self._phase: RLConfig = getattr(config, name)
     self._roles, self._engine, self._driver, self._stream, self._span = roles, engine, driver, stream, span
-    self._judge = Judges(self._phase, config.packing, roles, turns, score)
+    self._judge = Judges(config, name, roles, turns, score)
     self._learner = Learner(name, self._phase, config.packing, config.seed, roles, turns)
     self._shared = roles.placement.share(Role.ROLLOUT, Role.ACTOR)
     shadowed = Role.CRITIC not in self._phase.roles or roles.judge is Role.SHADOW_CRITIC

@@ -9,25 +9,23 @@ import jax
 from configs.placement import num_devices
 from configs.schema import Role, RunConfig
 from ring_jax.checkpoint.store import Restored
-from ring_jax.data.preferences import PreferenceStream
+from ring_jax.data.preferences import Pair, Preferences
 from ring_jax.data.tasks import Problem
 from ring_jax.data.tokenizer import Tokenizer
 from ring_jax.model import scalar_from_actor
 from ring_jax.rewards.pool import ScoringPool
 from ring_jax.train.assets import check_vocabulary, initial_params, prepare_tasks
-from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.orchestrator import Orchestrator
 from ring_jax.train.preference import RewardModelPhase
 from ring_jax.train.roles import Roles, Weights
 from ring_jax.train.scoring import Scorer
 from ring_jax.train.sft import SFTPhase
-from ring_jax.train.stream import ProblemStream
+from ring_jax.train.stream import PairStream, ProblemStream
 from ring_jax.train.turns import Turns
 from ring_jax.train.workdir import Workdir
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.scheduler import C3POScheduler
-from sharding.placement import Placement
 
 _RL = ("rl", "rlhf")
 
@@ -39,11 +37,12 @@ class Parts:
   config: RunConfig
   tokenizer: Tokenizer
   held_out: list[Problem]
+  held_out_pairs: list[Pair]
   scorer: Scorer
   roles: Roles
   scheduler: C3POScheduler
   driver: RolloutDriver
-  streams: dict[str, ProblemStream | PreferenceStream]
+  streams: dict[str, ProblemStream | PairStream]
   sft: SFTPhase
   reward: RewardModelPhase | None  # None: the run has none
   rl: dict[str, Orchestrator]
@@ -59,15 +58,8 @@ class Parts:
     )
     check_vocabulary(tokenizer, config.model)
     mask_V = tokenizer.sampleable_mask(config.model.vocab_size)
-    optimizers = {
-      "sft": make_optimizer(config.sft.optimizer, config.sft.steps),
-      "rl": make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.minibatches),
-      "rlhf": make_optimizer(config.rlhf.optimizer, config.rlhf.steps * config.rlhf.minibatches),
-    }
-    seats = config.seats
-    devices = jax.devices()[: num_devices(seats)]
-    placement = Placement.of_seats(config.placement.strategy, seats, devices)
-    roles, turns = Roles(config, placement, mask_V, optimizers), Turns(placement)
+    roles = Roles(config, jax.devices()[: num_devices(config.seats)], mask_V)
+    turns = Turns(roles.placement)
     engine = RingEngine(
       config.model, config.rollout, eos_ids=tokenizer.eos_ids, vocab_mask_V=mask_V, seed=config.seed,
       mesh=roles.meshes[Role.ROLLOUT],
@@ -77,13 +69,15 @@ class Parts:
     streams = {name: ProblemStream(tasks, tokenizer) for name in ("sft", "rl")}
     scorer, problems = Scorer(pool, tokenizer), streams["rl"]
     score = lambda rollouts: scorer.score(rollouts, lambda rollout: problems.problem(rollout.problem))  # noqa: E731
-    reward = None
+    reward, held_out_pairs = None, []
     if config.reward_model.steps:
-      streams["reward"] = PreferenceStream(tasks, tokenizer, config.seed)
-      reward = RewardModelPhase(config, roles.scalar(Role.REWARD), streams["reward"])
+      pairs = Preferences(tasks, tokenizer, config.seed, config.rollout.max_tokens)
+      streams["reward"] = PairStream(pairs)
+      held_out_pairs = pairs.held_out(config.reward_model.probe_pairs)
+      reward = RewardModelPhase(config, roles.reward, streams["reward"])
     phases = {name: Orchestrator(config, name, roles, turns, engine, driver, score, problems, span) for name in _RL}
     return cls(
-      config, tokenizer, tasks.held_out(), scorer, roles, scheduler, driver, streams,
+      config, tokenizer, tasks.held_out(), held_out_pairs, scorer, roles, scheduler, driver, streams,
       SFTPhase(config, roles.actor, streams["sft"]), reward, phases,
     )  # fmt: skip
 
@@ -103,7 +97,7 @@ class Parts:
     weights.reference = weights.critic = weights.critic_state = weights.reward_state = None
     if phase == "reward":
       weights.reward = roles.hand_over(scalar_from_actor(weights.actor), Role.REWARD)
-      weights.reward_state = roles.scalar(Role.REWARD).init_optimizer(weights.reward, "reward")
+      weights.reward_state = roles.reward.init_optimizer(weights.reward)
       return
     weights.actor_state = roles.actor.init_optimizer(weights.actor, phase)
     wanted = getattr(config, phase).roles if getattr(config, phase).steps else ()
@@ -112,7 +106,7 @@ class Parts:
     if Role.CRITIC in wanted:
       start = scalar_from_actor(weights.actor) if weights.reward is None else weights.reward
       weights.critic = roles.hand_over(start, Role.CRITIC)
-      weights.critic_state = roles.scalar(Role.CRITIC).init_optimizer(weights.critic, f"{phase}.critic")
+      weights.critic_state = roles.critic(phase).init_optimizer(weights.critic)
     if Role.REWARD not in wanted:
       weights.reward = None
 
@@ -131,15 +125,14 @@ class Parts:
     phase, found = self._last(phase), {}
     if phase == "reward":
       found["reward"] = roles.abstract(Role.REWARD)
-      found["reward_state"] = roles.scalar(Role.REWARD).abstract_optimizer(found["reward"], "reward")
+      found["reward_state"] = roles.reward.abstract_optimizer(found["reward"])
     elif phase in _RL and getattr(self.config, phase).steps:
       wanted = getattr(self.config, phase).roles
       for role in (Role.REFERENCE, Role.CRITIC, Role.REWARD):
         if role in wanted:
           found[role.value] = roles.abstract(role)
       if Role.CRITIC in wanted:
-        critic = roles.scalar(Role.CRITIC)
-        found["critic_state"] = critic.abstract_optimizer(found["critic"], f"{phase}.critic")
+        found["critic_state"] = roles.critic(phase).abstract_optimizer(found["critic"])
     cache = self.driver.abstract_device_state()
     if cache is not None:
       found["cache"] = cache

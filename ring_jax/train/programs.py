@@ -16,11 +16,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from configs.schema import IcePopConfig, Memory, RunConfig
+from configs.schema import IcePopConfig, RunConfig
 from kernels.icepop import policy_loss
 from kernels.linear_logprob import linear_logprob
 from ring_jax.model import Params, forward, is_router_bias, updated_bias
-from ring_jax.train import layerwise
+from ring_jax.train.updates import Update, added, gradients
 from sharding import rules
 
 
@@ -71,19 +71,20 @@ class Programs:
   ):
     self._config, self._rules = config, config.model.parallel.rules
     self._mask_V = jnp.asarray(vocab_mask_V)
-    self._optimizers = optimizers
+    self._updates = {
+      phase: Update(optimizer, getattr(config, phase).optimizer) for phase, optimizer in optimizers.items()
+    }
     on_mesh = functools.partial(rules.Program, mesh)
     self.sft_gradients = on_mesh(self._sft_gradients, donate_argnums=1)
     self.logprobs = on_mesh(self._logprobs)
     self.rl_gradients = on_mesh(self._rl_gradients, donate_argnums=1, static_argnums=(4, 5))
-    self.init_optimizer = on_mesh(self._init_optimizer, static_argnums=1)
+    self.init_optimizer = on_mesh(lambda params, phase: self._updates[phase].init(params), static_argnums=1)
     self.apply = on_mesh(self._apply, donate_argnums=(0, 1), static_argnums=3)
     self.balance = on_mesh(self._balance, donate_argnums=0)
 
   def _accumulate(self, sums: Gradients | None, loss_of, params: Params):
-    (loss, (counts_LxE, out)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    found = Gradients(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads), loss, counts_LxE)
-    return found if sums is None else jax.tree.map(jnp.add, sums, found), out
+    loss, (counts_LxE, out), grads = gradients(loss_of, params)
+    return added(sums, Gradients(grads, loss, counts_LxE)), out
 
   def _logprob(self, params: Params, hidden_RxTxD, targets_RxT, temperature):
     return linear_logprob(
@@ -154,35 +155,13 @@ class Programs:
 
     return self._accumulate(sums, loss_of, params)
 
-  def _init_optimizer(self, params: Params, phase: str) -> Any:
-    state = self._optimizers[phase].init(params)
-    return jax.device_put(state, jax.memory.Space.Host) if self._waits_at_host(phase) else state
-
   def abstract_optimizer(self, params: Params, phase: str) -> Any:
     """Shapes and shardings of the state for abstract parameters, for a restore."""
-    state = self.init_optimizer.shapes(params, phase)
-    if not self._waits_at_host(phase):
-      return state
-
-    def at_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-      sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      return leaf.update(sharding=sharding.with_memory_kind("pinned_host"))
-
-    return jax.tree.map(at_host, state)
-
-  def _waits_at_host(self, phase: str) -> bool:
-    return getattr(self._config, phase).optimizer.memory is Memory.HOST
+    return self._updates[phase].placed(self.init_optimizer.shapes(params, phase))
 
   def _apply(self, params: Params, opt_state: Any, grads: Params, phase: str):
     """The optimizer's step; returns (params, opt_state, gradient norm before clipping)."""
-    norm = optax.global_norm(grads)
-    if self._waits_at_host(phase):
-      clip = getattr(self._config, phase).optimizer.grad_clip
-      params, opt_state = layerwise.update(self._optimizers[phase], params, opt_state, grads, norm, clip)
-    else:
-      updates, opt_state = self._optimizers[phase].update(grads, opt_state, params)
-      params = optax.apply_updates(params, updates)
-    return params, opt_state, norm
+    return self._updates[phase].apply(params, opt_state, grads)
 
   def _balance(self, params: Params, counts_LxE) -> Params:
     """Moves the selection biases by the load rule: SFT only, frozen in RL (papers.md 1.2)."""

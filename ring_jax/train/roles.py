@@ -11,20 +11,20 @@ Roles with the same layout on the same devices share their compiled programs.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from configs.schema import ParallelConfig, Role, RunConfig
+from configs.schema import ModelConfig, OptimizerConfig, RLConfig, Role, RunConfig
 from ring_jax.model import Params, abstract_params, abstract_scalar
-from ring_jax.train.batches import Minibatch, model_tokens
+from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.programs import Programs
 from ring_jax.train.scalar_programs import ScalarPrograms
+from ring_jax.train.updates import Update
 from sharding.placement import Placement
-from sharding.processes import fetch
 
 
 @dataclasses.dataclass
@@ -47,55 +47,66 @@ class Weights:
 class Roles:
   """Args:
   config: the run.
-  placement: of all of its roles.
+  devices: those of its placement.
   vocab_mask_V: bool; the ids that may be drawn.
-  optimizers: of what is trained, by name: `sft`, `rl`, `rlhf` for the actor, `critic`, `reward`.
   """
 
-  def __init__(
-    self,
-    config: RunConfig,
-    placement: Placement,
-    vocab_mask_V: np.ndarray,
-    optimizers: dict[str, optax.GradientTransformation],
-  ):
-    self._config, self._mask_V, self._optimizers = config, vocab_mask_V, optimizers
-    self.placement = placement
-    self._seats = config.seats
+  def __init__(self, config: RunConfig, devices: Sequence[Any], vocab_mask_V: np.ndarray):
+    self._config, self._mask_V, self._seats = config, vocab_mask_V, config.seats
+    self.placement = Placement.of_seats(config.placement.strategy, self._seats, devices)
     # Without a mesh where there is nothing to lay out.
-    alone = len(placement.devices) == 1
     self.meshes: dict[Role, Mesh | None] = {
-      role: None if alone else placement.mesh(role, seat.parallel.mesh) for role, seat in self._seats.items()
+      role: None if len(devices) == 1 else self.placement.mesh(role, seat.parallel.mesh)
+      for role, seat in self._seats.items()
     }
     self._policies: dict[Any, Programs] = {}
     self._scalars: dict[Any, ScalarPrograms] = {}
-
-  @property
-  def actor(self) -> Programs:
-    return self._policy(Role.ACTOR)
 
   @property
   def judge(self) -> Role:
     """Who says what a state is worth."""
     return Role.SHADOW_CRITIC if Role.SHADOW_CRITIC in self._seats else Role.CRITIC
 
-  def scalar(self, role: Role) -> ScalarPrograms:
-    """The programs of a critic or a reward model."""
-    key = (self.meshes[role], self._seats[role].parallel)
+  @property
+  def actor(self) -> Programs:
+    return self._policy(Role.ACTOR)
+
+  @property
+  def reference(self) -> Programs:
+    return self._policy(Role.REFERENCE)
+
+  @property
+  def reward(self) -> ScalarPrograms:
+    config = self._config.reward_model
+    return self._scalar(Role.REWARD, config.optimizer, config.steps)
+
+  def critic(self, phase: str, role: Role = Role.CRITIC) -> ScalarPrograms:
+    """The critic of a phase, or its shadow."""
+    config: RLConfig = getattr(self._config, phase)
+    return self._scalar(role, config.ppo.optimizer, config.steps * config.minibatches)
+
+  def _scalar(self, role: Role, optimizer: OptimizerConfig, steps: int) -> ScalarPrograms:
+    parallel = self._seats[role].parallel
+    key = (self.meshes[role], parallel, optimizer, steps)
     if key not in self._scalars:
-      self._scalars[key] = ScalarPrograms(self._model_of(role), self._optimizers, self.meshes[role])
+      update = Update(make_optimizer(optimizer, steps), optimizer)
+      self._scalars[key] = ScalarPrograms(self._config, update, self.meshes[role], parallel)
     return self._scalars[key]
 
   def _policy(self, role: Role) -> Programs:
     key = (self.meshes[role], self._seats[role].parallel)
     if key not in self._policies:
       config = dataclasses.replace(self._config, model=self._model_of(role))
-      self._policies[key] = Programs(config, self._mask_V, self._optimizers, self.meshes[role])
+      optimizers = {
+        "sft": make_optimizer(config.sft.optimizer, config.sft.steps),
+        "rl": make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.minibatches),
+        "rlhf": make_optimizer(config.rlhf.optimizer, config.rlhf.steps * config.rlhf.minibatches),
+      }
+      self._policies[key] = Programs(config, self._mask_V, optimizers, self.meshes[role])
     return self._policies[key]
 
-  def _model_of(self, role: Role):
-    parallel: ParallelConfig = self._seats[role].parallel
-    return dataclasses.replace(self._config.model, parallel=parallel)
+  def _model_of(self, role: Role) -> ModelConfig:
+    return dataclasses.replace(self._config.model, parallel=self._seats[role].parallel)
 
   # ---- where trees lie
 
@@ -110,13 +121,3 @@ class Roles:
       return jax.tree.map(jax.numpy.copy, params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract(role))
     return jax.device_put(params, shardings, may_alias=False)
-
-  # ---- what they compute: [R, T] of each microbatch
-
-  def reference_logps(self, params: Params, batch: Minibatch) -> list[np.ndarray]:
-    programs = self._policy(Role.REFERENCE)
-    return [fetch(programs.logprobs(params, model_tokens(one))) for one in batch.microbatches]
-
-  def values(self, role: Role, params: Params, batch: Minibatch) -> list[np.ndarray]:
-    programs = self.scalar(role)
-    return [fetch(programs.values(params, model_tokens(one))) for one in batch.microbatches]

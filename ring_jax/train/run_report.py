@@ -77,9 +77,7 @@ class RunReport:
   def reward_step(self, step: int, done: int, metrics: dict[str, Any], positions: int, seconds: float) -> None:
     rate = positions / seconds
     self._metrics.log("reward", step, metrics, {"seconds/train": seconds, "positions_per_second/train": rate})
-    self.console.update(
-      done, loss=metrics["loss"], accuracy=metrics["pair_accuracy"], tokens_per_second={"train": rate}
-    )
+    self.console.update(done, loss=metrics["loss"], accuracy=metrics["accuracy"], tokens_per_second={"train": rate})
     self._done = done
 
   def rl_step(self, phase: str, step: int, done: int, output: RLStep, describe: Describe) -> None:
@@ -108,6 +106,11 @@ class RunReport:
       f"{_STAGES[name]}: accuracy {result.accuracy:.1%} on {result.problems} unseen problems, {result.samples} answers each"
       f" (at least one of them right: {result.pass_at_k:.1%})"
     )
+
+  def preferences(self, step: int, accuracy: float) -> None:
+    self._metrics.log("eval", step, {"name": "reward", "pair_accuracy": accuracy})
+    self.console.close()
+    self.console.note(f"reward model: prefers the better answer of {accuracy:.1%} of unseen pairs")
 
   def flush(self) -> None:
     self._metrics.flush()
@@ -172,4 +175,6 @@ class SilentReport(RunReport):
   def _nothing(self, *arguments: Any, **named: Any) -> None:
     pass
 
-  begin = note = phase = sft_step = reward_step = rl_step = evaluation = flush = summary = close = _nothing
+  begin = note = phase = sft_step = reward_step = rl_step = evaluation = preferences = flush = summary = close = (
+    _nothing
+  )

@@ -1,7 +1,8 @@
-"""The endless stream of training problems as token ids, with a cursor that a checkpoint holds."""
+"""The endless streams of training problems and preference pairs as token ids, each with a cursor that a checkpoint holds."""
 
 import functools
 
+from ring_jax.data.preferences import Pair, Preferences
 from ring_jax.data.tasks import Problem, TaskSet
 from ring_jax.data.tokenizer import Tokenizer
 from ring_jax.train.batches import Example
@@ -28,3 +29,16 @@ class ProblemStream:
 
   def _example(self, problem: Problem) -> Example:
     return Example(self._tokenizer.encode(problem.prompt), self._tokenizer.encode(problem.completion))
+
+
+class PairStream:
+  """Preference pairs in training order; as for problems, the cursor is the only state."""
+
+  def __init__(self, preferences: Preferences, cursor: int = 0):
+    self._preferences = preferences
+    self.cursor = cursor
+
+  def take(self, count: int) -> list[Pair]:
+    """The next `count` pairs."""
+    first, self.cursor = self.cursor, self.cursor + count
+    return [self._preferences.train(index) for index in range(first, self.cursor)]

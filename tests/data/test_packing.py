@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.schema import ConfigError
-from ring_jax.data.packing import fill_ratio, pack
+from ring_jax.data.packing import fill_ratio, pack, pack_groups, unpack
 
 LENGTH, ROWS = 16, 3
 
@@ -79,3 +79,32 @@ def test_errors():
     pack([{"tokens": [1, 2], "weights": [1.0]}], 4, 1)
   with pytest.raises(ValueError, match="sequence 1 has fields"):
     pack([{"tokens": [1], "weights": [1.0]}, {"tokens": [1]}], 4, 1)
+  with pytest.raises(ConfigError, match=r"packing\.length=4, rows=1: 3 \+ 2 tokens that must lie in one microbatch"):
+    pack_groups([make([3, 2])], 4, 1)
+  with pytest.raises(ConfigError, match="0 \\+ 1 tokens"):
+    pack_groups([[{"tokens": []}, {"tokens": [1]}]], 4, 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 7), max_size=4), max_size=14))
+def test_groups_stay_together_and_nothing_is_lost(sizes):
+  """Four sequences of at most 7 always fit in 3 rows of 16."""
+  sequences = make([size for group in sizes for size in group])
+  starts = np.cumsum([0, *map(len, sizes)])
+  groups = [sequences[start : start + len(group)] for start, group in zip(starts, sizes, strict=False)]
+  batches = pack_groups(groups, LENGTH, ROWS)
+  group_of = np.repeat(np.arange(len(sizes)), [len(group) for group in sizes])
+  homes = [{int(group_of[index]) for index, *_ in batch.where} for batch in batches]
+  assert sorted(group for home in homes for group in home) == sorted(set(group_of.tolist()))
+  found = unpack(batches, [batch.tokens for batch in batches])
+  assert [tokens.tolist() for tokens in found] == [sequence["tokens"] for sequence in sequences]
+  for batch in batches:
+    assert batch.tokens.shape == (ROWS, LENGTH)
+    assert (batch.segment_ids > 0).sum() == sum(size for *_, size in batch.where)
+    np.testing.assert_array_equal(batch.targets[batch.target_mask], batch.tokens[batch.target_mask] + 1)
+
+
+def test_groups_use_all_rows_of_a_microbatch():
+  batches = pack_groups([make([10, 9]), make([6, 6]), make([9, 9]), make([2])], 16, 2)
+  assert [sorted(index for index, *_ in batch.where) for batch in batches] == [[0, 1, 2, 3], [4, 5, 6]]
+  assert pack_groups([], 16, 2) == [] and unpack([], []) == []
