@@ -7,6 +7,7 @@ whole minibatch.
 Dimension key: R rows of a microbatch, T tokens of a row, N = R * T, D hidden, V vocabulary, L MoE layers, E experts.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from configs.schema import IcePopConfig, RunConfig
+from configs.schema import IcePopConfig, ParallelConfig, RunConfig
 from kernels.icepop import policy_loss
 from kernels.linear_logprob import linear_logprob
 from ring_jax.model import Params, forward, is_router_bias, updated_bias
@@ -60,6 +61,7 @@ class Programs:
     vocab_mask_V: bool; the ids that may be drawn.  The engine masks the same ones.
     optimizers: of the phases, by name.
     mesh: of the axes in `configs.parallel`; None: one device.
+    parallel: the layout on it; None: the actor's.
   """
 
   def __init__(
@@ -68,8 +70,11 @@ class Programs:
     vocab_mask_V: np.ndarray,
     optimizers: dict[str, optax.GradientTransformation],
     mesh: Mesh | None = None,
+    parallel: ParallelConfig | None = None,
   ):
-    self._config, self._rules = config, config.model.parallel.rules
+    self._config = config
+    self._model = dataclasses.replace(config.model, parallel=parallel or config.model.parallel)
+    self._rules = self._model.parallel.rules
     self._mask_V = jnp.asarray(vocab_mask_V)
     self._updates = {
       phase: Update(optimizer, getattr(config, phase).optimizer) for phase, optimizer in optimizers.items()
@@ -107,7 +112,7 @@ class Programs:
     """
 
     def loss_of(params):
-      out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT)
+      out = forward(self._model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT)
       logp_N = self._logprob(params, out.hidden_BxTxD, batch.targets_RxT, 1.0).logp
       loss = -_weighted_sum(self._rows(weights_RxT), logp_N)
       if out.mtp_hidden_BxTxD is not None:
@@ -122,7 +127,7 @@ class Programs:
 
   def _logprobs(self, params: Params, batch: Tokens) -> jax.Array:
     """Log-probs [R, T] of the targets, of the distribution that rollouts are sampled from."""
-    out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
+    out = forward(self._model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
     scored = self._logprob(params, out.hidden_BxTxD, batch.targets_RxT, self._config.rollout.temperature)
     return scored.logp.reshape(batch.tokens_RxT.shape)
 
@@ -143,7 +148,7 @@ class Programs:
     shape = batch.tokens_RxT.shape
 
     def loss_of(params):
-      out = forward(self._config.model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
+      out = forward(self._model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
       flat = jax.tree.map(self._rows, fields)
       loss, metrics = policy_loss(
         *self._head(params, out.hidden_BxTxD), self._rows(batch.targets_RxT),

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.schema import ModelConfig, OptimizerConfig, RLConfig, Role, RunConfig
+from configs.schema import OptimizerConfig, RLConfig, Role, RunConfig
 from ring_jax.model import Params, abstract_params, abstract_scalar
 from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.programs import Programs
@@ -94,26 +94,24 @@ class Roles:
     return self._scalars[key]
 
   def _policy(self, role: Role) -> Programs:
-    key = (self.meshes[role], self._seats[role].parallel)
+    config, parallel = self._config, self._seats[role].parallel
+    key = (self.meshes[role], parallel)
     if key not in self._policies:
-      config = dataclasses.replace(self._config, model=self._model_of(role))
       optimizers = {
         "sft": make_optimizer(config.sft.optimizer, config.sft.steps),
         "rl": make_optimizer(config.rl.optimizer, config.rl.steps * config.rl.minibatches),
         "rlhf": make_optimizer(config.rlhf.optimizer, config.rlhf.steps * config.rlhf.minibatches),
       }
-      self._policies[key] = Programs(config, self._mask_V, optimizers, self.meshes[role])
+      self._policies[key] = Programs(config, self._mask_V, optimizers, self.meshes[role], parallel)
     return self._policies[key]
-
-  def _model_of(self, role: Role) -> ModelConfig:
-    return dataclasses.replace(self._config.model, parallel=self._seats[role].parallel)
 
   # ---- where trees lie
 
   def abstract(self, role: Role) -> Params:
     """The role's parameters: shapes and shardings."""
     scalar = role not in (Role.ACTOR, Role.REFERENCE)
-    return (abstract_scalar if scalar else abstract_params)(self._model_of(role), self.meshes[role])
+    model = dataclasses.replace(self._config.model, parallel=self._seats[role].parallel)
+    return (abstract_scalar if scalar else abstract_params)(model, self.meshes[role])
 
   def hand_over(self, params: Params, role: Role) -> Params:
     """A copy of parameters, of whatever layout, as the role lays them out."""
