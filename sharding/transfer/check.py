@@ -1,0 +1,188 @@
+"""Whether what arrived is what was sent, and a report that names the tensor where it is not.
+
+    arrival        every target shard got all of its bytes: a bucket that was dropped is missing here
+    fingerprints   of each piece, read where it lies at the source and where it lies at the target after the transfer,
+                   and not while it was moved: a wrong slice, a stale shard or a bit that flipped differ here.  Where the
+                   shards belong to several processes: of each tensor as a whole
+    probe          the caller's function of the tree (the log-probs of a fixed prompt), of both sides: that the weights
+                   are the right ones, and are used as they should be
+
+Only when a check fails are pieces compared bit by bit, to say which, where, and what stands there instead.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sharding import processes
+from sharding.fingerprint import fingerprint, host_fingerprint
+from sharding.transfer import shards
+from sharding.transfer.plan import Leaf, Piece, PyTree, Route, TransferPlan
+
+_NAMED = 5  # tensors in a message
+
+
+class TransferError(RuntimeError):
+  """A version did not arrive as it was sent, or must not be sent; what was committed before is as it was."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """Both sides of the comparison; each gets its tree and returns the same numbers."""
+
+  sent: Callable[[PyTree], Any]
+  arrived: Callable[[PyTree], Any]
+  tolerance: float  # largest absolute difference of one number
+
+
+def arrival(plan: TransferPlan, elements: dict[tuple[int, int], int], version: int) -> None:
+  """Raises TransferError: some shard is not full.
+
+  Args:
+    elements: that were put in place, by tensor and device.
+  """
+  short = []
+  for i, leaf in enumerate(plan.leaves):
+    for device, needed in zip(leaf.target.device_S.tolist(), leaf.shard_bytes_T.tolist(), strict=True):
+      came = elements.get((i, device), 0) * leaf.dtype.itemsize
+      if came != needed:
+        short.append(f"{leaf.name} on {plan.devices[device]}: {came} of {needed} bytes arrived")
+  _raise(version, short, "left out")
+
+
+def fingerprints(
+  plan: TransferPlan,
+  sent: Sequence[jax.Array],
+  arrived: Sequence[jax.Array],
+  version: int,
+  before: tuple[int, Sequence[jax.Array]] | None = None,
+) -> None:
+  """Raises TransferError: a piece does not have the bits that were sent.
+
+  Args:
+    sent, arrived: the tensors in the order of the plan.
+    before: the version that the target had, and its tensors, to know a stale shard by.
+  """
+  if plan.route in (Route.PATHWAYS, Route.WHOLE):
+    sums = [[int(processes.fetch(fingerprint(leaf))) for leaf in tree] for tree in (sent, arrived)]
+    wrong = [leaf.name for leaf, a, b in zip(plan.leaves, *sums, strict=True) if a != b]
+    return _raise(version, wrong, "do not have the bits that were sent")
+  sums = _host_sums if plan.route is Route.HOST_VIEWS else _device_sums
+  different = sums(plan, sent, 0) != sums(plan, arrived, 1)
+  if not different.any():
+    return None
+  wrong = []
+  for (i, piece), bad in zip(_pieces(plan), different.tolist(), strict=True):
+    if bad:
+      old = None if before is None else (before[0], before[1][i])
+      wrong.append(_described(plan, i, piece, sent[i], arrived[i], old))
+  return _raise(version, wrong, "do not have the bits that were sent")
+
+
+def probe(plan: TransferPlan, how: Probe, sent: PyTree, arrived: PyTree, version: int) -> None:
+  """Raises TransferError: both sides do not agree on the probe."""
+  a, b = (np.asarray(processes.fetch(value), np.float64) for value in (how.sent(sent), how.arrived(arrived)))
+  if a.shape != b.shape:
+    raise TransferError(
+      f"version {version}: the probe gives {list(a.shape)} at the source, {list(b.shape)} at the target"
+    )
+  worst = float(np.max(np.abs(a - b), initial=0.0))
+  if worst <= how.tolerance:  # and not where it is NaN
+    return
+  says = f"the probe differs by {worst:.3g} (at most {how.tolerance:.3g})"
+  _raise(version, differing(plan, sent, arrived), f"differ, and {says}")
+  raise TransferError(
+    f"version {version}: {says}, though every tensor arrived bit for bit: both sides compute differently"
+  )
+
+
+def differing(plan: TransferPlan, sent: PyTree, arrived: PyTree) -> list[str]:
+  """Tensors that are not the same bits on both sides, described; for people, slow."""
+  ours, theirs = jax.tree.leaves(sent), jax.tree.leaves(arrived)
+  if plan.route in (Route.PATHWAYS, Route.WHOLE):
+    whole = zip(plan.leaves, *(map(processes.fetch, tree) for tree in (ours, theirs)), strict=True)
+    return [leaf.name for leaf, a, b in whole if not np.array_equal(_bytes(a), _bytes(b))]
+  found = []
+  for i, piece in _pieces(plan):
+    if not np.array_equal(*map(_bytes, _both(plan, i, piece, ours[i], theirs[i]))):
+      found.append(_described(plan, i, piece, ours[i], theirs[i], None))
+  return found
+
+
+def _raise(version: int, wrong: list[str], what: str) -> None:
+  if wrong:
+    more = f"; and {len(wrong) - _NAMED} more" if len(wrong) > _NAMED else ""
+    raise TransferError(f"version {version}: {len(wrong)} parts {what}: {'; '.join(wrong[:_NAMED])}{more}")
+
+
+def _pieces(plan: TransferPlan) -> Iterator[tuple[int, Piece]]:
+  for i, leaf in enumerate(plan.leaves):
+    for piece in leaf.pieces():
+      yield i, piece
+
+
+def _located(leaf: Leaf, piece: Piece, side: int) -> tuple[int, np.ndarray]:
+  """The device of a piece on one side, and the box that this device holds."""
+  device = piece[side]
+  return device, shards.boxes(leaf)[side][device]
+
+
+def _host_sums(plan: TransferPlan, arrays: Sequence[jax.Array], side: int) -> np.ndarray:
+  views = [shards.views(array) for array in arrays]
+  boxes = [shards.boxes(leaf)[side] for leaf in plan.leaves]
+  found = list(_pieces(plan))
+
+  def one(leaf: Leaf, piece: Piece, i: int) -> int:
+    view = views[i][plan.devices[piece[side]]]
+    return host_fingerprint(view[shards.within(piece.box_Nx2, boxes[i][piece[side]])])
+
+  return np.array(shards.each(one, ((plan.leaves[i], piece) for i, piece in found), [i for i, _ in found]), np.int64)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _part_fingerprint(shard: jax.Array, start_N: tuple, shape: tuple[int, ...]) -> jax.Array:
+  return fingerprint(jax.lax.dynamic_slice(shard, start_N, shape))
+
+
+def _device_sums(plan: TransferPlan, arrays: Sequence[jax.Array], side: int) -> np.ndarray:
+  held = [shards.by_device(array) for array in arrays]
+  boxes = [shards.boxes(leaf)[side] for leaf in plan.leaves]
+  sums = []
+  for i, piece in _pieces(plan):
+    start_N = shards.start(piece.box_Nx2, boxes[i][piece[side]])
+    sums.append(_part_fingerprint(held[i][plan.devices[piece[side]]], start_N, piece.shape))
+  return np.array(jax.device_get(sums), np.int64)
+
+
+def _both(plan: TransferPlan, i: int, piece: Piece, sent: jax.Array, arrived: jax.Array) -> list[np.ndarray]:
+  """The piece as it lies on both sides."""
+  found = []
+  for side, array in enumerate((sent, arrived)):
+    device, shard_Nx2 = _located(plan.leaves[i], piece, side)
+    found.append(shards.views(array)[plan.devices[device]][shards.within(piece.box_Nx2, shard_Nx2)])
+  return found
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+  """Compared as bits: NaNs are equal to themselves, and zero is not minus zero."""
+  return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def _described(
+  plan: TransferPlan, i: int, piece: Piece, sent: jax.Array, arrived: jax.Array, old: tuple[int, jax.Array] | None
+) -> str:
+  leaf = plan.leaves[i]
+  a, b = _both(plan, i, piece, sent, arrived)
+  size = leaf.dtype.itemsize
+  wrong = (_bytes(a) != _bytes(b)).reshape(-1, size).any(axis=1)
+  what = f"{int(wrong.sum())} of {wrong.size} elements differ"
+  if old is not None and np.array_equal(_bytes(_both(plan, i, piece, sent, old[1])[1]), _bytes(b)):
+    what += f", stale: these are the bits of version {old[0]}"
+  elif not _bytes(b).any():
+    what += ", all of them zero: it never arrived"
+  where = f"{plan.devices[piece.target]} (from {plan.devices[piece.source]})"
+  return f"{shards.text(leaf, piece.box_Nx2)} on {where}: {what}"

@@ -1,0 +1,224 @@
+"""Moves a tree as a plan says, checks what arrived, and commits it as a version.
+
+Nothing of a version can be seen before all of it has arrived and was checked; a transfer that fails leaves the version
+before as it was.  What is delivered shares no buffer with the source, so that the trainer may donate its parameters.
+
+How (`Route` says when):
+
+    host_views   The CPU backend's shards are host memory: each piece is copied once, from a view of the source's shard into
+                 the buffer that becomes the target's (64-byte aligned, which the backend takes over without a copy).
+                 `jax.device_put` between two such devices runs at half the speed, and would need a slice before and an
+                 update after it.
+    pieces       Per bucket: slices at the source, one `device_put` of them all, updates in place at the target; the
+                 bucket before is waited for, so that two are under way.
+    pathways     Its own resharding of the whole tree (jetstream.md section 5).
+    whole        `jax.device_put` of the tree; on the same devices in the same order one program.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sharding.transfer import check, shards
+from sharding.transfer.check import Probe, TransferError
+from sharding.transfer.plan import Leaf, Piece, PyTree, Route, TransferPlan, named_leaves
+
+_ALIGNMENT = 64  # of memory that the CPU backend takes over as it is
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # numpy copies these quickly; bfloat16 it does not
+
+
+class Delivered(NamedTuple):
+  """A tree that arrived and was checked."""
+
+  version: int
+  tree: PyTree
+
+
+class Holder:
+  """The weights that an engine decodes with: one version, replaced as a whole."""
+
+  def __init__(self) -> None:
+    self.current: Delivered | None = None
+
+  def receive(self, plan: TransferPlan, params: PyTree, version: int, probe: Probe | None = None) -> Delivered:
+    """Moves, checks and commits a version; until it returns, and after an error, `current` is the one before.
+
+    Raises:
+      TransferError: the version is not newer, the tree is not the plan's, or a check failed.
+    """
+    before = self.current
+    if before is not None and version <= before.version:
+      raise TransferError(f"version {version} after version {before.version}: versions must grow")
+    delivered = execute(plan, params, version, before)
+    if probe is not None:
+      check.probe(plan, probe, params, delivered.tree, version)
+    self.current = delivered
+    return delivered
+
+
+def execute(plan: TransferPlan, params: PyTree, version: int, before: Delivered | None = None) -> Delivered:
+  """Moves `params` to the plan's target and checks that it arrived.
+
+  Args:
+    params: arrays that lie as the plan's source does.
+    before: what the target holds, so that an error can tell a stale shard.
+
+  Raises:
+    TransferError: it is another tree, or did not arrive as it was sent; names tensors and devices.
+  """
+  sent = _checked(plan, params, version)
+  match plan.route:
+    case Route.HOST_VIEWS:
+      arrived, elements = _host_views(plan, sent)
+      check.arrival(plan, elements, version)
+    case Route.PIECES:
+      arrived, elements = _in_pieces(plan, sent)
+      check.arrival(plan, elements, version)
+    case Route.PATHWAYS:
+      arrived = _by_pathways(plan, sent)
+    case Route.WHOLE:
+      arrived = _as_a_whole(plan, sent)
+  old = None if before is None else (before.version, jax.tree.leaves(before.tree))
+  check.fingerprints(plan, sent, arrived, version, old)
+  return Delivered(version, jax.tree.unflatten(plan.structure, arrived))
+
+
+def _checked(plan: TransferPlan, params: PyTree, version: int) -> list[jax.Array]:
+  """The tensors in the order of the plan."""
+  given = dict(named_leaves(params))
+  planned = {leaf.name: leaf for leaf in plan.leaves}
+  for name in sorted(given.keys() ^ planned.keys()):
+    raise TransferError(f"version {version}: {name} is {'missing' if name in planned else 'not in the plan'}")
+  for name, leaf in planned.items():
+    array = given[name]
+    if (tuple(array.shape), array.dtype) != (leaf.shape, leaf.dtype):
+      raise TransferError(
+        f"version {version}: {name} is {array.dtype}{list(array.shape)}, the plan says {leaf.dtype}{list(leaf.shape)}"
+      )
+    if not array.sharding.is_equivalent_to(leaf.source_sharding, len(leaf.shape)):
+      raise TransferError(f"version {version}: {name} lies as {array.sharding}, the plan says {leaf.source_sharding}")
+  return [given[leaf.name] for leaf in plan.leaves]
+
+
+def _assembled(plan: TransferPlan, leaf: Leaf, parts: dict[int, jax.Array]) -> jax.Array:
+  shape, order = leaf.shape, leaf.target.device_S.tolist()
+  return jax.make_array_from_single_device_arrays(shape, leaf.sharding, [parts[device] for device in order])
+
+
+# ---- host_views
+
+
+def _host_views(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.Array], dict[tuple[int, int], int]]:
+  """The tensors at the target, and how many elements each of their shards was given."""
+  views = [shards.views(array) for array in sent]
+  boxes = [shards.boxes(leaf) for leaf in plan.leaves]
+  buffers: list[dict[int, np.ndarray]] = []
+  for leaf, (_, target) in zip(plan.leaves, boxes, strict=True):
+    buffers.append({device: _empty(box_Nx2, leaf.dtype) for device, box_Nx2 in target.items()})
+
+  def move(leaf: Leaf, piece: Piece, i: int) -> None:
+    source, target = boxes[i]
+    values = views[i][plan.devices[piece.source]][shards.within(piece.box_Nx2, source[piece.source])]
+    _copy(buffers[i][piece.target][shards.within(piece.box_Nx2, target[piece.target])], values)
+
+  # Nothing waits here between buckets, as nothing is under way: a piece goes straight into its place.
+  moves = [(i, piece) for bucket in plan.buckets for i, part in bucket.parts for piece in plan.leaves[i].part(part)]
+  shards.each(move, ((plan.leaves[i], piece) for i, piece in moves), [i for i, _ in moves])
+  arrived = [
+    _assembled(plan, leaf, {device: jax.device_put(buffer, plan.devices[device]) for device, buffer in parts.items()})
+    for leaf, parts in zip(plan.leaves, buffers, strict=True)
+  ]
+  return arrived, _counted(moves)
+
+
+def _empty(box_Nx2: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  shape = tuple((box_Nx2[:, 1] - box_Nx2[:, 0]).tolist())
+  size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+  memory = np.empty(size + _ALIGNMENT, np.uint8)
+  first = -memory.ctypes.data % _ALIGNMENT
+  return memory[first : first + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, values: np.ndarray) -> None:
+  word = _WORDS.get(out.dtype.itemsize, out.dtype)
+  out.view(word)[...] = values.view(word)
+
+
+def _counted(moves: Sequence[tuple[int, Piece]]) -> dict[tuple[int, int], int]:
+  """Elements that were put in place, by tensor and target device."""
+  counts: dict[tuple[int, int], int] = {}
+  for i, piece in moves:
+    key = (i, piece.target)
+    counts[key] = counts.get(key, 0) + int(np.prod(piece.shape, dtype=np.int64))
+  return counts
+
+
+# ---- pieces
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _slice(shard: jax.Array, start_N: tuple, shape: tuple[int, ...]) -> jax.Array:
+  return jax.lax.dynamic_slice(shard, start_N, shape)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _update(shard: jax.Array, piece: jax.Array, start_N: tuple) -> jax.Array:
+  return jax.lax.dynamic_update_slice(shard, piece, start_N)
+
+
+def _in_pieces(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.Array], dict[tuple[int, int], int]]:
+  """As `_host_views`."""
+  held = [shards.by_device(array) for array in sent]
+  boxes = [shards.boxes(leaf) for leaf in plan.leaves]
+  parts: list[dict[int, jax.Array]] = []
+  for leaf, (_, target) in zip(plan.leaves, boxes, strict=True):
+    parts.append({device: _zeros(box_Nx2, leaf.dtype, plan.devices[device]) for device, box_Nx2 in target.items()})
+  moves: list[tuple[int, Piece]] = []
+  before: list[jax.Array] = []
+  for bucket in plan.buckets:
+    now = [(i, piece) for i, part in bucket.parts for piece in plan.leaves[i].part(part)]
+    pieces = [
+      _slice(
+        held[i][plan.devices[piece.source]],
+        shards.start(piece.box_Nx2, boxes[i][0][piece.source]),
+        piece.shape,
+      )
+      for i, piece in now
+    ]
+    landed = jax.device_put(pieces, [plan.devices[piece.target] for _, piece in now])
+    jax.block_until_ready(before)
+    for (i, piece), values in zip(now, landed, strict=True):
+      start_N = shards.start(piece.box_Nx2, boxes[i][1][piece.target])
+      parts[i][piece.target] = _update(parts[i][piece.target], values, start_N)
+    before = landed
+    moves += now
+  return [_assembled(plan, leaf, each) for leaf, each in zip(plan.leaves, parts, strict=True)], _counted(moves)
+
+
+def _zeros(box_Nx2: np.ndarray, dtype: np.dtype, device: Any) -> jax.Array:
+  return jnp.zeros(tuple((box_Nx2[:, 1] - box_Nx2[:, 0]).tolist()), dtype, device=device)
+
+
+# ---- what belongs to several processes
+
+
+def _by_pathways(plan: TransferPlan, sent: Sequence[jax.Array]) -> list[jax.Array]:
+  from pathwaysutils.experimental import reshard  # imported late: of use on Pathways only
+
+  return reshard.reshard(list(sent), [leaf.sharding for leaf in plan.leaves], cache_resharding_plans=True)
+
+
+def _same(leaves: list[jax.Array]) -> list[jax.Array]:
+  return leaves
+
+
+def _as_a_whole(plan: TransferPlan, sent: Sequence[jax.Array]) -> list[jax.Array]:
+  shardings = [leaf.sharding for leaf in plan.leaves]
+  first = plan.leaves[0].source.device_S if plan.leaves else None
+  if all(np.array_equal(side.device_S, first) for leaf in plan.leaves for side in leaf.sides):
+    return jax.jit(_same, out_shardings=shardings)(list(sent))
+  return jax.device_put(list(sent), shardings)
