@@ -6,7 +6,7 @@
     weights.current.tree
 
     plan.py      which bytes go from which device to which, in which buckets
-    execute.py   moves them, and the holder that commits a version or keeps the old one
+    move.py      moves them, and the holder that commits a version or keeps the old one
     check.py     fingerprints of what was sent and what arrived, and the probe
     predict.py   the time on a pod, and the link that limits it
 
@@ -14,7 +14,7 @@ What is cast or quantised is so at the source, before anything travels: `pack` i
 """
 
 from sharding.transfer.check import Probe, TransferError
-from sharding.transfer.execute import Delivered, Holder, execute
+from sharding.transfer.move import Delivered, Holder, execute
 from sharding.transfer.plan import BUCKET_BYTES, Route, TransferPlan, plan_transfer
 
 __all__ = [

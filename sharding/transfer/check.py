@@ -1,13 +1,14 @@
 """Whether what arrived is what was sent, and a report that names the tensor where it is not.
 
     arrival        every target shard got all of its bytes: a bucket that was dropped is missing here
-    fingerprints   of each piece, read where it lies at the source and where it lies at the target after the transfer,
-                   and not while it was moved: a wrong slice, a stale shard or a bit that flipped differ here.  Where the
-                   shards belong to several processes: of each tensor as a whole
+    bits           of each piece as it was moved, read after the transfer at the source and at the target, from where the
+                   arrays themselves say that it lies: a wrong slice, a stale shard or a flipped bit differ here.  Compared
+                   as they are where both sides are host memory, by fingerprint where they are devices; by the fingerprint
+                   of each tensor as a whole where devices belong to several processes
     probe          the caller's function of the tree (the log-probs of a fixed prompt), of both sides: that the weights
                    are the right ones, and are used as they should be
 
-Only when a check fails are pieces compared bit by bit, to say which, where, and what stands there instead.
+Only when a check fails are pieces looked at one by one, to say which, where, and what stands there instead.
 """
 
 import dataclasses
@@ -19,11 +20,12 @@ import jax
 import numpy as np
 
 from sharding import processes
-from sharding.fingerprint import fingerprint, host_fingerprint
+from sharding.fingerprint import fingerprint
 from sharding.transfer import shards
 from sharding.transfer.plan import Leaf, Piece, PyTree, Route, TransferPlan
 
 _NAMED = 5  # tensors in a message
+_BLOCK_BYTES = 1 << 20
 
 
 class TransferError(RuntimeError):
@@ -54,7 +56,7 @@ def arrival(plan: TransferPlan, elements: dict[tuple[int, int], int], version: i
   _raise(version, short, "left out")
 
 
-def fingerprints(
+def bits(
   plan: TransferPlan,
   sent: Sequence[jax.Array],
   arrived: Sequence[jax.Array],
@@ -71,8 +73,9 @@ def fingerprints(
     sums = [[int(processes.fetch(fingerprint(leaf))) for leaf in tree] for tree in (sent, arrived)]
     wrong = [leaf.name for leaf, a, b in zip(plan.leaves, *sums, strict=True) if a != b]
     return _raise(version, wrong, "do not have the bits that were sent")
-  sums = _host_sums if plan.route is Route.HOST_VIEWS else _device_sums
-  different = sums(plan, sent, 0) != sums(plan, arrived, 1)
+  _raise(version, _misplaced(plan, sent, arrived), "were taken from the wrong place")
+  find = _host_differences if plan.route is Route.HOST_VIEWS else _device_differences
+  different = find(plan, sent, arrived)
   if not different.any():
     return None
   wrong = []
@@ -105,10 +108,10 @@ def differing(plan: TransferPlan, sent: PyTree, arrived: PyTree) -> list[str]:
   ours, theirs = jax.tree.leaves(sent), jax.tree.leaves(arrived)
   if plan.route in (Route.PATHWAYS, Route.WHOLE):
     whole = zip(plan.leaves, *(map(processes.fetch, tree) for tree in (ours, theirs)), strict=True)
-    return [leaf.name for leaf, a, b in whole if not np.array_equal(_bytes(a), _bytes(b))]
+    return [leaf.name for leaf, a, b in whole if not np.array_equal(_as_bytes(a), _as_bytes(b))]
   found = []
   for i, piece in _pieces(plan):
-    if not np.array_equal(*map(_bytes, _both(plan, i, piece, ours[i], theirs[i]))):
+    if not np.array_equal(*map(_as_bytes, _both(plan, piece, ours[i], theirs[i]))):
       found.append(_described(plan, i, piece, ours[i], theirs[i], None))
   return found
 
@@ -120,27 +123,52 @@ def _raise(version: int, wrong: list[str], what: str) -> None:
 
 
 def _pieces(plan: TransferPlan) -> Iterator[tuple[int, Piece]]:
+  """As they were moved: what is summed as one could have its rows anywhere within."""
   for i, leaf in enumerate(plan.leaves):
-    for piece in leaf.pieces():
-      yield i, piece
+    for part in range(leaf.parts):
+      for piece in leaf.part(part):
+        yield i, piece
 
 
-def _located(leaf: Leaf, piece: Piece, side: int) -> tuple[int, np.ndarray]:
-  """The device of a piece on one side, and the box that this device holds."""
-  device = piece[side]
-  return device, shards.boxes(leaf)[side][device]
+def _misplaced(plan: TransferPlan, sent: Sequence[jax.Array], arrived: Sequence[jax.Array]) -> list[str]:
+  """Pieces that the arrays do not hold where the plan says so."""
+  held = [[shards.by_device(array) for array in side] for side in (sent, arrived)]
+  wrong = []
+  for i, piece in _pieces(plan):
+    for side in (0, 1):
+      shard = held[side][i].get(plan.devices[piece[side]])
+      if shard is None or not shards.inside(piece.box_Nx2, shard.box_Nx2):
+        text = shards.text(plan.leaves[i], piece.box_Nx2)
+        wrong.append(f"{text} of {plan.devices[piece[side]]}, which does not hold it")
+  return wrong
 
 
-def _host_sums(plan: TransferPlan, arrays: Sequence[jax.Array], side: int) -> np.ndarray:
-  views = [shards.views(array) for array in arrays]
-  boxes = [shards.boxes(leaf)[side] for leaf in plan.leaves]
+def _host_differences(plan: TransferPlan, sent: Sequence[jax.Array], arrived: Sequence[jax.Array]) -> np.ndarray:
+  """Whether each piece differs: the bits themselves, which costs what their sums would."""
+  held = [
+    [{device: (shard.view, shard.box_Nx2) for device, shard in shards.by_device(array).items()} for array in side]
+    for side in (sent, arrived)
+  ]
   found = list(_pieces(plan))
 
-  def one(leaf: Leaf, piece: Piece, i: int) -> int:
-    view = views[i][plan.devices[piece[side]]]
-    return host_fingerprint(view[shards.within(piece.box_Nx2, boxes[i][piece[side]])])
+  def differs(leaf: Leaf, piece: Piece, i: int) -> bool:
+    parts = []
+    for side in (0, 1):
+      view, shard_Nx2 = held[side][i][plan.devices[piece[side]]]
+      parts.append(view[shards.within(piece.box_Nx2, shard_Nx2)])
+    return not _same(*shards.words(*parts))
 
-  return np.array(shards.each(one, ((plan.leaves[i], piece) for i, piece in found), [i for i, _ in found]), np.int64)
+  return np.array(shards.each(differs, ((plan.leaves[i], piece) for i, piece in found), [i for i, _ in found]), bool)
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+  """In blocks whose differences stay in the processor's cache."""
+  if a.nbytes <= _BLOCK_BYTES or not a.ndim:
+    return not (a != b).any()
+  step = max(len(a) * _BLOCK_BYTES // a.nbytes, 1)
+  if step == 1 and a.ndim > 1:
+    return all(map(_same, a, b))
+  return all(not (a[at : at + step] != b[at : at + step]).any() for at in range(0, len(a), step))
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -148,26 +176,31 @@ def _part_fingerprint(shard: jax.Array, start_N: tuple, shape: tuple[int, ...]) 
   return fingerprint(jax.lax.dynamic_slice(shard, start_N, shape))
 
 
+def _device_differences(plan: TransferPlan, sent: Sequence[jax.Array], arrived: Sequence[jax.Array]) -> np.ndarray:
+  """Whether each piece has another fingerprint."""
+  ours, theirs = (_device_sums(plan, arrays, side) for side, arrays in enumerate((sent, arrived)))
+  return ours != theirs
+
+
 def _device_sums(plan: TransferPlan, arrays: Sequence[jax.Array], side: int) -> np.ndarray:
   held = [shards.by_device(array) for array in arrays]
-  boxes = [shards.boxes(leaf)[side] for leaf in plan.leaves]
   sums = []
   for i, piece in _pieces(plan):
-    start_N = shards.start(piece.box_Nx2, boxes[i][piece[side]])
-    sums.append(_part_fingerprint(held[i][plan.devices[piece[side]]], start_N, piece.shape))
+    shard = held[i][plan.devices[piece[side]]]
+    sums.append(_part_fingerprint(shard.data, shards.start(piece.box_Nx2, shard.box_Nx2), piece.shape))
   return np.array(jax.device_get(sums), np.int64)
 
 
-def _both(plan: TransferPlan, i: int, piece: Piece, sent: jax.Array, arrived: jax.Array) -> list[np.ndarray]:
+def _both(plan: TransferPlan, piece: Piece, sent: jax.Array, arrived: jax.Array) -> list[np.ndarray]:
   """The piece as it lies on both sides."""
   found = []
-  for side, array in enumerate((sent, arrived)):
-    device, shard_Nx2 = _located(plan.leaves[i], piece, side)
-    found.append(shards.views(array)[plan.devices[device]][shards.within(piece.box_Nx2, shard_Nx2)])
+  for device, array in zip(piece[:2], (sent, arrived), strict=True):
+    shard = shards.by_device(array)[plan.devices[device]]
+    found.append(shard.view[shards.within(piece.box_Nx2, shard.box_Nx2)])
   return found
 
 
-def _bytes(values: np.ndarray) -> np.ndarray:
+def _as_bytes(values: np.ndarray) -> np.ndarray:
   """Compared as bits: NaNs are equal to themselves, and zero is not minus zero."""
   return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
@@ -176,13 +209,13 @@ def _described(
   plan: TransferPlan, i: int, piece: Piece, sent: jax.Array, arrived: jax.Array, old: tuple[int, jax.Array] | None
 ) -> str:
   leaf = plan.leaves[i]
-  a, b = _both(plan, i, piece, sent, arrived)
+  a, b = _both(plan, piece, sent, arrived)
   size = leaf.dtype.itemsize
-  wrong = (_bytes(a) != _bytes(b)).reshape(-1, size).any(axis=1)
+  wrong = (_as_bytes(a) != _as_bytes(b)).reshape(-1, size).any(axis=1)
   what = f"{int(wrong.sum())} of {wrong.size} elements differ"
-  if old is not None and np.array_equal(_bytes(_both(plan, i, piece, sent, old[1])[1]), _bytes(b)):
+  if old is not None and np.array_equal(_as_bytes(_both(plan, piece, sent, old[1])[1]), _as_bytes(b)):
     what += f", stale: these are the bits of version {old[0]}"
-  elif not _bytes(b).any():
+  elif not _as_bytes(b).any():
     what += ", all of them zero: it never arrived"
   where = f"{plan.devices[piece.target]} (from {plan.devices[piece.source]})"
   return f"{shards.text(leaf, piece.box_Nx2)} on {where}: {what}"

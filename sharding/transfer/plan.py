@@ -341,10 +341,12 @@ def _cut(leaf: Leaf, bucket_bytes: int, devices: int) -> Leaf:
   parts = -(-peak // bucket_bytes)
   rows_N = loads.rows_PxN.max(axis=0)
   axis = next((n for n, rows in enumerate(rows_N) if rows >= parts), int(rows_N.argmax()) if len(rows_N) else 0)
-  for parts in range(parts, int(rows_N[axis]) + 1 if len(rows_N) else 0):
+  most = int(rows_N[axis]) if len(rows_N) else 1
+  while parts <= most:
     if loads.of(0, parts, axis).max() <= bucket_bytes:  # the first part is the largest
       return dataclasses.replace(leaf, axis=axis, parts=parts)
-  smallest = int(loads.of(0, int(rows_N[axis]), axis).max()) if len(rows_N) else peak
+    parts += 1
+  smallest = int(loads.of(0, most, axis).max())
   raise ConfigError(f"bucket_bytes={bucket_bytes}: a row of {leaf.name} is {smallest}; it must be at least that")
 
 

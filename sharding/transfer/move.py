@@ -28,7 +28,7 @@ from sharding.transfer.check import Probe, TransferError
 from sharding.transfer.plan import Leaf, Piece, PyTree, Route, TransferPlan, named_leaves
 
 _ALIGNMENT = 64  # of memory that the CPU backend takes over as it is
-_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # numpy copies these quickly; bfloat16 it does not
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 class Delivered(NamedTuple):
@@ -73,17 +73,17 @@ def execute(plan: TransferPlan, params: PyTree, version: int, before: Delivered 
   sent = _checked(plan, params, version)
   match plan.route:
     case Route.HOST_VIEWS:
-      arrived, elements = _host_views(plan, sent)
+      arrived, elements = host_views(plan, sent)
       check.arrival(plan, elements, version)
     case Route.PIECES:
-      arrived, elements = _in_pieces(plan, sent)
+      arrived, elements = in_pieces(plan, sent)
       check.arrival(plan, elements, version)
     case Route.PATHWAYS:
       arrived = _by_pathways(plan, sent)
     case Route.WHOLE:
       arrived = _as_a_whole(plan, sent)
   old = None if before is None else (before.version, jax.tree.leaves(before.tree))
-  check.fingerprints(plan, sent, arrived, version, old)
+  check.bits(plan, sent, arrived, version, old)
   return Delivered(version, jax.tree.unflatten(plan.structure, arrived))
 
 
@@ -109,13 +109,19 @@ def _assembled(plan: TransferPlan, leaf: Leaf, parts: dict[int, jax.Array]) -> j
   return jax.make_array_from_single_device_arrays(shape, leaf.sharding, [parts[device] for device in order])
 
 
+def _boxes(leaf: Leaf) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+  """The box that each device holds at the source, and at the target."""
+  source, target = (dict(zip(side.device_S.tolist(), side.box_SxNx2, strict=True)) for side in leaf.sides)
+  return source, target
+
+
 # ---- host_views
 
 
-def _host_views(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.Array], dict[tuple[int, int], int]]:
+def host_views(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.Array], dict[tuple[int, int], int]]:
   """The tensors at the target, and how many elements each of their shards was given."""
-  views = [shards.views(array) for array in sent]
-  boxes = [shards.boxes(leaf) for leaf in plan.leaves]
+  views = [{device: shard.view for device, shard in shards.by_device(array).items()} for array in sent]
+  boxes = [_boxes(leaf) for leaf in plan.leaves]
   buffers: list[dict[int, np.ndarray]] = []
   for leaf, (_, target) in zip(plan.leaves, boxes, strict=True):
     buffers.append({device: _empty(box_Nx2, leaf.dtype) for device, box_Nx2 in target.items()})
@@ -144,8 +150,8 @@ def _empty(box_Nx2: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(out: np.ndarray, values: np.ndarray) -> None:
-  word = _WORDS.get(out.dtype.itemsize, out.dtype)
-  out.view(word)[...] = values.view(word)
+  to, what = shards.words(out, values)
+  to[...] = what
 
 
 def _counted(moves: Sequence[tuple[int, Piece]]) -> dict[tuple[int, int], int]:
@@ -167,13 +173,18 @@ def _slice(shard: jax.Array, start_N: tuple, shape: tuple[int, ...]) -> jax.Arra
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _update(shard: jax.Array, piece: jax.Array, start_N: tuple) -> jax.Array:
-  return jax.lax.dynamic_update_slice(shard, piece, start_N)
+  if not jnp.issubdtype(shard.dtype, jnp.floating):
+    return jax.lax.dynamic_update_slice(shard, piece, start_N)
+  # As words: XLA may go through float32 where a device has no arithmetic of the dtype, and that changes some NaNs.
+  word = _WORDS[shard.dtype.itemsize]
+  words = (jax.lax.bitcast_convert_type(values, word) for values in (shard, piece))
+  return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice(*words, start_N), shard.dtype)
 
 
-def _in_pieces(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.Array], dict[tuple[int, int], int]]:
-  """As `_host_views`."""
+def in_pieces(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.Array], dict[tuple[int, int], int]]:
+  """As `host_views`."""
   held = [shards.by_device(array) for array in sent]
-  boxes = [shards.boxes(leaf) for leaf in plan.leaves]
+  boxes = [_boxes(leaf) for leaf in plan.leaves]
   parts: list[dict[int, jax.Array]] = []
   for leaf, (_, target) in zip(plan.leaves, boxes, strict=True):
     parts.append({device: _zeros(box_Nx2, leaf.dtype, plan.devices[device]) for device, box_Nx2 in target.items()})
@@ -183,7 +194,7 @@ def _in_pieces(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.
     now = [(i, piece) for i, part in bucket.parts for piece in plan.leaves[i].part(part)]
     pieces = [
       _slice(
-        held[i][plan.devices[piece.source]],
+        held[i][plan.devices[piece.source]].data,
         shards.start(piece.box_Nx2, boxes[i][0][piece.source]),
         piece.shape,
       )
