@@ -67,7 +67,7 @@ class RLPhase:
     """Trains from weights `version` to `version + 1`; donates `params` and `opt_state`."""
     in_phase, seconds = self._span, {}
     with in_phase("sync", step=version) as span:
-      stored = jax.block_until_ready(self._engine.load_params(params))
+      stored = jax.block_until_ready(self._engine.load_params(params, version))
     seconds["sync"] = span.seconds
     with in_phase("rollout", step=version) as span:
       result, clock = self._driver.iterate(stored, version, self._stream.take, on_progress)

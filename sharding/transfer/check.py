@@ -22,7 +22,7 @@ import numpy as np
 from sharding import processes
 from sharding.fingerprint import fingerprint
 from sharding.transfer import shards
-from sharding.transfer.plan import Leaf, Piece, PyTree, Route, TransferPlan
+from sharding.transfer.plan import Leaf, Piece, PyTree, TransferPlan, named_leaves, plan_transfer
 
 _NAMED = 5  # tensors in a message
 _BLOCK_BYTES = 1 << 20
@@ -69,12 +69,12 @@ def bits(
     sent, arrived: the tensors in the order of the plan.
     before: the version that the target had, and its tensors, to know a stale shard by.
   """
-  if plan.route in (Route.PATHWAYS, Route.WHOLE):
+  if not plan.addressable:
     sums = [[int(processes.fetch(fingerprint(leaf))) for leaf in tree] for tree in (sent, arrived)]
     wrong = [leaf.name for leaf, a, b in zip(plan.leaves, *sums, strict=True) if a != b]
     return _raise(version, wrong, "do not have the bits that were sent")
   _raise(version, _misplaced(plan, sent, arrived), "were taken from the wrong place")
-  find = _host_differences if plan.route is Route.HOST_VIEWS else _device_differences
+  find = _host_differences if all(device.platform == "cpu" for device in plan.devices) else _device_differences
   different = find(plan, sent, arrived)
   if not different.any():
     return None
@@ -105,8 +105,11 @@ def probe(plan: TransferPlan, how: Probe, sent: PyTree, arrived: PyTree, version
 
 def differing(plan: TransferPlan, sent: PyTree, arrived: PyTree) -> list[str]:
   """Tensors that are not the same bits on both sides, described; for people, slow."""
-  ours, theirs = jax.tree.leaves(sent), jax.tree.leaves(arrived)
-  if plan.route in (Route.PATHWAYS, Route.WHOLE):
+  if plan.then is not None:
+    plan = plan_transfer(sent, arrived)
+  held = dict(named_leaves(sent))
+  ours, theirs = [held[leaf.name] for leaf in plan.leaves], jax.tree.leaves(arrived)
+  if not plan.addressable:
     whole = zip(plan.leaves, *(map(processes.fetch, tree) for tree in (ours, theirs)), strict=True)
     return [leaf.name for leaf, a, b in whole if not np.array_equal(_as_bytes(a), _as_bytes(b))]
   found = []

@@ -70,7 +70,10 @@ def execute(plan: TransferPlan, params: PyTree, version: int, before: Delivered 
   Raises:
     TransferError: it is another tree, or did not arrive as it was sent; names tensors and devices.
   """
-  sent = _checked(plan, params, version)
+  for difference in plan.unlike(params)[:1]:
+    raise TransferError(f"version {version}: {difference}")
+  held = dict(named_leaves(params))
+  sent = [held[leaf.name] for leaf in plan.leaves]
   match plan.route:
     case Route.HOST_VIEWS:
       arrived, elements = host_views(plan, sent)
@@ -83,25 +86,9 @@ def execute(plan: TransferPlan, params: PyTree, version: int, before: Delivered 
     case Route.WHOLE:
       arrived = _as_a_whole(plan, sent)
   old = None if before is None else (before.version, jax.tree.leaves(before.tree))
-  check.bits(plan, sent, arrived, version, old)
-  return Delivered(version, jax.tree.unflatten(plan.structure, arrived))
-
-
-def _checked(plan: TransferPlan, params: PyTree, version: int) -> list[jax.Array]:
-  """The tensors in the order of the plan."""
-  given = dict(named_leaves(params))
-  planned = {leaf.name: leaf for leaf in plan.leaves}
-  for name in sorted(given.keys() ^ planned.keys()):
-    raise TransferError(f"version {version}: {name} is {'missing' if name in planned else 'not in the plan'}")
-  for name, leaf in planned.items():
-    array = given[name]
-    if (tuple(array.shape), array.dtype) != (leaf.shape, leaf.dtype):
-      raise TransferError(
-        f"version {version}: {name} is {array.dtype}{list(array.shape)}, the plan says {leaf.dtype}{list(leaf.shape)}"
-      )
-    if not array.sharding.is_equivalent_to(leaf.source_sharding, len(leaf.shape)):
-      raise TransferError(f"version {version}: {name} lies as {array.sharding}, the plan says {leaf.source_sharding}")
-  return [given[leaf.name] for leaf in plan.leaves]
+  check.bits(plan, sent, arrived, version, old if plan.then is None else None)
+  tree = jax.tree.unflatten(plan.structure, arrived)
+  return Delivered(version, tree) if plan.then is None else execute(plan.then, tree, version, before)
 
 
 def _assembled(plan: TransferPlan, leaf: Leaf, parts: dict[int, jax.Array]) -> jax.Array:

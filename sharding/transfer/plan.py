@@ -132,6 +132,8 @@ class TransferPlan:
   sent_D: np.ndarray  # bytes over links, by the device that sends
   received_D: np.ndarray
   local_D: np.ndarray  # bytes that stay on their device
+  route: Route
+  then: "TransferPlan | None" = None  # from this plan's target to where the tree is wanted (fan_out.py)
 
   @property
   def needed(self) -> int:
@@ -152,15 +154,23 @@ class TransferPlan:
     return 2 * max((bucket.peak for bucket in self.buckets), default=0)
 
   @property
-  def route(self) -> Route:
-    import pathwaysutils  # imported late: it brings a checkpoint library along
+  def addressable(self) -> bool:
+    """Whether every shard, on both sides, can be read by this process on its own."""
+    return self.route is not Route.PATHWAYS and _mine(self.devices)
 
-    mine = all(device.process_index == jax.process_index() for device in self.devices)
-    if pathwaysutils.is_pathways_backend_used():
-      return Route.PATHWAYS
-    if mine and all(device.platform == "cpu" for device in self.devices):
-      return Route.HOST_VIEWS
-    return Route.PIECES if mine else Route.WHOLE
+  def unlike(self, tree: PyTree) -> list[str]:
+    """How the tree differs from the plan's source, by tensor."""
+    given, planned = dict(named_leaves(tree)), {leaf.name: leaf for leaf in self.leaves}
+    found = [
+      f"{name} is {'missing' if name in planned else 'not in the plan'}" for name in given.keys() ^ planned.keys()
+    ]
+    for name in sorted(given.keys() & planned.keys()):
+      array, leaf = given[name], planned[name]
+      if (tuple(array.shape), array.dtype) != (leaf.shape, leaf.dtype):
+        found.append(f"{name} is {array.dtype}{list(array.shape)}, the plan says {leaf.dtype}{list(leaf.shape)}")
+      elif not array.sharding.is_equivalent_to(leaf.source_sharding, len(leaf.shape)):
+        found.append(f"{name} lies as {array.sharding}, the plan says {leaf.source_sharding}")
+    return sorted(found)
 
   def summary(self) -> str:
     """For people."""
@@ -176,16 +186,21 @@ class TransferPlan:
     for name, bytes_D in (("send", sent_D), ("receive", received_D)):
       if bytes_D.size:
         lines.append(f"{bytes_D.size} devices {name} {_size(bytes_D.min())} to {_size(bytes_D.max())}")
+    if self.then is not None:
+      lines.append("then " + self.then.summary())
     return "\n".join(lines)
 
 
-def plan_transfer(source: PyTree, target: PyTree, *, bucket_bytes: int = BUCKET_BYTES) -> TransferPlan:
+def plan_transfer(
+  source: PyTree, target: PyTree, *, bucket_bytes: int = BUCKET_BYTES, route: Route | None = None
+) -> TransferPlan:
   """Plans the way from `source` to `target`.
 
   Args:
     source: tree of arrays, or `jax.ShapeDtypeStruct`s, with shardings.
     target: the same tree of `jax.ShapeDtypeStruct`s with the shardings wanted.
     bucket_bytes: that one device sends or receives in a bucket, at most.
+    route: default: by what the devices are.
 
   Raises:
     ConfigError: the trees differ, a leaf has no sharding, or a bucket is smaller than the smallest part of a tensor.
@@ -206,10 +221,31 @@ def plan_transfer(source: PyTree, target: PyTree, *, bucket_bytes: int = BUCKET_
     np.add.at(received_D, leaf.device_Px2[away_P, 1], bytes_P[away_P])
     np.add.at(local_D, leaf.device_Px2[~away_P, 1], bytes_P[~away_P])
     leaves[i] = _cut(leaf, bucket_bytes, len(index))
-  buckets = tuple(_buckets(leaves, bucket_bytes, len(index)))
   return TransferPlan(
-    tuple(index), tuple(leaves), jax.tree.structure(target), buckets, bucket_bytes, sent_D, received_D, local_D
+    devices=tuple(index),
+    leaves=tuple(leaves),
+    structure=jax.tree.structure(target),
+    buckets=tuple(_buckets(leaves, bucket_bytes, len(index))),
+    bucket_bytes=bucket_bytes,
+    sent_D=sent_D,
+    received_D=received_D,
+    local_D=local_D,
+    route=route or _route(tuple(index)),
   )
+
+
+def _mine(devices: Sequence[Any]) -> bool:
+  return all(device.process_index == jax.process_index() for device in devices)
+
+
+def _route(devices: Sequence[Any]) -> Route:
+  import pathwaysutils  # imported late: it brings a checkpoint library along
+
+  if pathwaysutils.is_pathways_backend_used():
+    return Route.PATHWAYS
+  if not _mine(devices):
+    return Route.WHOLE
+  return Route.HOST_VIEWS if all(device.platform == "cpu" for device in devices) else Route.PIECES
 
 
 def _paired(source: PyTree, target: PyTree) -> tuple[list[str], list[Any], list[Any]]:

@@ -7,24 +7,19 @@
     host       between slices, what one device sends through its host's memory
     fan_out    within the target's half, after the rest: see below
 
-The first four overlap, so that the longest of them counts.  Two ways are compared.  `direct` is the plan as `execute`
-runs it: each device is sent all that it needs, replicas from afar too.  With `fan_out` replicas are sent a part each
-and complete one another by an all-gather over their own links, so that every byte crosses once.
+The first four overlap, so that the longest of them counts.  Two ways are compared: `direct`, where each device is sent all
+that it needs, replicas from afar too, and `fan_out`, where replicas complete one another (fan_out.py).
 
 Latency, contention within a half, and the cast at the source are not in it.  Nothing here was measured on a TPU.
 """
 
 import dataclasses
-import math
 from typing import Any
-
-import jax
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.base import require
 from sharding.hardware import Chip
 from sharding.topology import Topology
+from sharding.transfer.fan_out import plan_fan_out
 from sharding.transfer.plan import PyTree, TransferPlan, plan_transfer
 
 _CUBE = 4  # chips along each side of what a three-dimensional torus is made of; smaller ones have no wrap-around links
@@ -101,9 +96,8 @@ def predict(source: PyTree, target: PyTree, between: Halves) -> list[Prediction]
   """Both ways from `source`, on the first half, to `target`, on the second."""
   direct = plan_transfer(source, target)
   found = [Prediction("direct", direct.needed, direct.moved, _seconds(direct, between), *_buckets(direct))]
-  parts = scattered(target)
-  plan = plan_transfer(source, parts)
-  received = sum(_shard_bytes(whole) - _shard_bytes(part) for whole, part in _pairs(target, parts))
+  plan = plan_fan_out(source, target)
+  received = float(plan.then.received_D.max(initial=0))
   seconds = _seconds(plan, between) | {"fan_out": received / _own_links(between.chip)}
   found.append(Prediction("fan_out", direct.needed, plan.moved, seconds, *_buckets(plan)))
   return found
@@ -123,29 +117,3 @@ def _seconds(plan: TransferPlan, between: Halves) -> dict[str, float]:
   if between.host_bandwidth is not None:
     seconds["host"] = max(sent, received) / between.host_bandwidth
   return seconds
-
-
-def scattered(target: PyTree) -> PyTree:
-  """The target with every tensor cut also along the mesh axes that only repeat it, where a dimension divides by them."""
-  return jax.tree.map(_scattered, target)
-
-
-def _scattered(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  mesh, spec = leaf.sharding.mesh, leaf.sharding.spec
-  cuts = [() if axes is None else (axes,) if isinstance(axes, str) else tuple(axes) for axes in spec]
-  cuts += [()] * (len(leaf.shape) - len(cuts))
-  for axis in mesh.axis_names:
-    if mesh.shape[axis] > 1 and not any(axis in axes for axes in cuts):
-      for dim, axes in enumerate(cuts):
-        if leaf.shape[dim] % (math.prod(mesh.shape[one] for one in axes) * mesh.shape[axis]) == 0:
-          cuts[dim] = (*axes, axis)
-          break
-  return leaf.update(sharding=NamedSharding(mesh, PartitionSpec(*cuts)))
-
-
-def _pairs(target: PyTree, parts: PyTree) -> list[tuple[Any, Any]]:
-  return list(zip(jax.tree.leaves(target), jax.tree.leaves(parts), strict=True))
-
-
-def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize

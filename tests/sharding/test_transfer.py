@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from sharding.transfer import Holder, Probe, Route, TransferError, TransferPlan, check, execute, move, plan_transfer
+from sharding.transfer import Holder, Probe, Route, TransferError, check, execute, move, plan_fan_out, plan_transfer
 from tests.sharding.test_transfer_plan import DEVICES, LAYOUTS, ROLLOUT, TRAIN, on
 
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "bool", "uint32", "float16"]
@@ -53,12 +53,11 @@ def wanted(source, where):
   return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), source, where)
 
 
-@pytest.fixture(params=[Route.HOST_VIEWS, Route.PIECES, Route.WHOLE])
-def route(request, monkeypatch):
-  monkeypatch.setattr(TransferPlan, "route", property(lambda _: request.param))
-  return request.param
+ROUTES = pytest.mark.parametrize("route", [Route.HOST_VIEWS, Route.PIECES, Route.WHOLE])
+PLANNED_ROUTES = pytest.mark.parametrize("route", [Route.HOST_VIEWS, Route.PIECES])
 
 
+@ROUTES
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_target_has_the_same_bits_in_its_layout(name, route):
   source, target = LAYOUTS[name]
@@ -67,7 +66,7 @@ def test_the_target_has_the_same_bits_in_its_layout(name, route):
   for key, shape in shapes.items():
     for dtype in DTYPES if key == "a" and "tensor x expert" in name else DTYPES[:1]:
       sent[f"{key}.{dtype}"] = jax.device_put(random(shape, dtype), source)
-  plan = plan_transfer(sent, wanted(sent, dict.fromkeys(sent, target)), bucket_bytes=4000)
+  plan = plan_transfer(sent, wanted(sent, dict.fromkeys(sent, target)), bucket_bytes=4000, route=route)
   got = execute(plan, sent, 1).tree
   for key, leaf in got.items():
     assert leaf.sharding == target and leaf.dtype == sent[key].dtype
@@ -75,17 +74,19 @@ def test_the_target_has_the_same_bits_in_its_layout(name, route):
       np.testing.assert_array_equal(bits(shard.data), bits(np.asarray(sent[key])[shard.index]), err_msg=key)
 
 
+@ROUTES
 def test_scalars_travel_too(route):
   sent = {"scale": jax.device_put(np.float32(-2.5), SingleDeviceSharding(DEVICES[0]))}
-  plan = plan_transfer(sent, wanted(sent, {"scale": on(ROLLOUT)}))
+  plan = plan_transfer(sent, wanted(sent, {"scale": on(ROLLOUT)}), route=route)
   assert [float(shard.data) for shard in execute(plan, sent, 1).tree["scale"].addressable_shards] == [-2.5] * 4
 
 
+@ROUTES
 def test_the_trainer_may_donate_what_it_sent(route):
   """Same devices, same layout: nothing moves, and yet nothing is shared."""
   sent = tree(SOURCE)
   expected = jax.device_get(sent)
-  got = execute(plan_transfer(sent, wanted(sent, SOURCE)), sent, 1).tree
+  got = execute(plan_transfer(sent, wanted(sent, SOURCE), route=route), sent, 1).tree
   if route is not Route.WHOLE:  # there it is JAX that keeps count
     jax.block_until_ready(jax.jit(lambda x: jax.tree.map(jnp.negative, x), donate_argnums=0)(sent))
     for leaf in jax.tree.leaves(sent):
@@ -125,18 +126,33 @@ def test_another_tree_than_the_plan_s_is_refused_by_name():
     execute(plan, {name: leaf for name, leaf in sent.items() if name != "norm"}, 1)
 
 
+def test_replicas_complete_one_another():
+  """Every byte crosses once and is gathered then; the probe sees the whole tree."""
+  sent = tree(SOURCE)
+  plan = plan_fan_out(sent, wanted(sent, dict.fromkeys(sent, on(ROLLOUT))), bucket_bytes=2000)
+  assert plan.moved == sum(leaf.nbytes for leaf in sent.values()) == plan.needed
+  assert "\nthen 3 tensors" in plan.summary()
+  got = Holder().receive(plan, sent, 1, Probe(log_probs, log_probs, 1e-5)).tree
+  for name, leaf in got.items():
+    assert leaf.sharding == on(ROLLOUT)
+    for shard in leaf.addressable_shards:
+      np.testing.assert_array_equal(bits(shard.data), bits(sent[name]))
+  with pytest.raises(TransferError, match=r"the probe differs by .*, though every tensor arrived bit for bit"):
+    Holder().receive(plan, sent, 1, Probe(log_probs, lambda tree: log_probs(tree) + 1, 1e-5))
+
+
 # ---- broken transfers
 
 
-def planned(bucket_bytes=1 << 20):
+def planned(bucket_bytes=1 << 20, route=None):
   sent = tree(SOURCE)
-  return sent, plan_transfer(sent, wanted(sent, TARGET), bucket_bytes=bucket_bytes)
+  return sent, plan_transfer(sent, wanted(sent, TARGET), bucket_bytes=bucket_bytes, route=route)
 
 
-@pytest.mark.parametrize("route", [Route.HOST_VIEWS, Route.PIECES], indirect=True)
+@PLANNED_ROUTES
 def test_a_wrong_slice_is_caught_by_name(route):
   """The plan takes the shards of two source devices for each other's: every byte moves, the sum of all is the same."""
-  sent, plan = planned()
+  sent, plan = planned(route=route)
   up = next(i for i, leaf in enumerate(plan.leaves) if leaf.name == "moe.up")
   layout = plan.leaves[up].source
   swapped = layout._replace(device_S=layout.device_S[[1, 0, 2, 3]])
@@ -149,10 +165,10 @@ def test_a_wrong_slice_is_caught_by_name(route):
   assert "moe.down" not in str(caught.value) and "norm" not in str(caught.value)
 
 
-@pytest.mark.parametrize("route", [Route.HOST_VIEWS, Route.PIECES], indirect=True)
+@PLANNED_ROUTES
 def test_a_slice_from_the_wrong_rows_is_caught_by_name(route, monkeypatch):
   """Read a row too far on, and put where it belongs."""
-  sent, plan = planned(bucket_bytes=400)
+  sent, plan = planned(400, route)
   boxes = move._boxes
 
   def shifted(leaf):
@@ -169,9 +185,9 @@ def test_a_slice_from_the_wrong_rows_is_caught_by_name(route, monkeypatch):
   assert "moe.down" not in str(caught.value) and "norm" not in str(caught.value)
 
 
-@pytest.mark.parametrize("route", [Route.HOST_VIEWS, Route.PIECES], indirect=True)
+@PLANNED_ROUTES
 def test_a_dropped_bucket_is_caught_by_name(route):
-  sent, plan = planned(bucket_bytes=1500)
+  sent, plan = planned(1500, route)
   lost = {plan.leaves[i].name for i, _ in plan.buckets[0].parts}
   with pytest.raises(TransferError, match=r"left out: .* on .*: \d+ of \d+ bytes arrived") as caught:
     execute(dataclasses.replace(plan, buckets=plan.buckets[1:]), sent, 1)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.base import ConfigError
-from sharding.transfer import plan_transfer
+from sharding.transfer import Route, plan_transfer
 
 DEVICES = jax.devices()
 
@@ -176,7 +176,7 @@ def test_twenty_stacked_tensors_on_two_times_256_devices():
   shape = (76, 256, 8192, 2048)
   source, target = FakeSharding(0, (1, 64, 1, 1), 4), FakeSharding(1000, (1, 1, 1, 64), 4)
   leaf = lambda where: types.SimpleNamespace(shape=shape, dtype=jnp.dtype(jnp.bfloat16), sharding=where)  # noqa: E731
-  plan = plan_transfer(*({f"w{i}": leaf(where) for i in range(20)} for where in (source, target)))
+  plan = plan_transfer(*({f"w{i}": leaf(where) for i in range(20)} for where in (source, target)), route=Route.WHOLE)
   assert plan.moved == plan.needed == 20 * 4 * 2 * math.prod(shape) and len(plan.devices) == 512
   assert sum(len(leaf.pair_Px2) for leaf in plan.leaves) == 20 * 64 * 256
   sent = plan.sent_D[:256]
