@@ -72,18 +72,15 @@ def bits(
   if not plan.addressable:
     sums = [[int(processes.fetch(fingerprint(leaf))) for leaf in tree] for tree in (sent, arrived)]
     wrong = [leaf.name for leaf, a, b in zip(plan.leaves, *sums, strict=True) if a != b]
-    return _raise(version, wrong, "do not have the bits that were sent")
-  _raise(version, _misplaced(plan, sent, arrived), "were taken from the wrong place")
-  find = _host_differences if all(device.platform == "cpu" for device in plan.devices) else _device_differences
-  different = find(plan, sent, arrived)
-  if not different.any():
-    return None
-  wrong = []
-  for (i, piece), bad in zip(_pieces(plan), different.tolist(), strict=True):
-    if bad:
-      old = None if before is None else (before[0], before[1][i])
-      wrong.append(_described(plan, i, piece, sent[i], arrived[i], old))
-  return _raise(version, wrong, "do not have the bits that were sent")
+  else:
+    _raise(version, _misplaced(plan, sent, arrived), "were taken from the wrong place")
+    find = _host_differences if all(device.platform == "cpu" for device in plan.devices) else _device_differences
+    wrong = []
+    for (i, piece), differs in zip(_pieces(plan), find(plan, sent, arrived).tolist(), strict=True):
+      if differs:
+        old = None if before is None else (before[0], before[1][i])
+        wrong.append(_described(plan, i, piece, sent[i], arrived[i], old))
+  _raise(version, wrong, "do not have the bits that were sent")
 
 
 def probe(plan: TransferPlan, how: Probe, sent: PyTree, arrived: PyTree, version: int) -> None:

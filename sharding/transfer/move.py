@@ -176,7 +176,7 @@ def in_pieces(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.A
   for leaf, (_, target) in zip(plan.leaves, boxes, strict=True):
     parts.append({device: _zeros(box_Nx2, leaf.dtype, plan.devices[device]) for device, box_Nx2 in target.items()})
   moves: list[tuple[int, Piece]] = []
-  before: list[jax.Array] = []
+  before: set[tuple[int, int]] = set()  # tensors and devices that the last bucket reached
   for bucket in plan.buckets:
     now = [(i, piece) for i, part in bucket.parts for piece in plan.leaves[i].part(part)]
     pieces = [
@@ -188,11 +188,11 @@ def in_pieces(plan: TransferPlan, sent: Sequence[jax.Array]) -> tuple[list[jax.A
       for i, piece in now
     ]
     landed = jax.device_put(pieces, [plan.devices[piece.target] for _, piece in now])
-    jax.block_until_ready(before)
+    jax.block_until_ready([parts[i][target] for i, target in before])
     for (i, piece), values in zip(now, landed, strict=True):
       start_N = shards.start(piece.box_Nx2, boxes[i][1][piece.target])
       parts[i][piece.target] = _update(parts[i][piece.target], values, start_N)
-    before = landed
+    before = {(i, piece.target) for i, piece in now}
     moves += now
   return [_assembled(plan, leaf, each) for leaf, each in zip(plan.leaves, parts, strict=True)], _counted(moves)
 
@@ -219,4 +219,4 @@ def _as_a_whole(plan: TransferPlan, sent: Sequence[jax.Array]) -> list[jax.Array
   first = plan.leaves[0].source.device_S if plan.leaves else None
   if all(np.array_equal(side.device_S, first) for leaf in plan.leaves for side in leaf.sides):
     return jax.jit(_same, out_shardings=shardings)(list(sent))
-  return jax.device_put(list(sent), shardings)
+  return jax.device_put(list(sent), shardings, may_alias=False)
