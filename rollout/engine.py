@@ -30,6 +30,7 @@ from rollout import weights
 from rollout.jetstream_compat import engine_api, tokenizer_pb2
 from rollout.sampling import SamplingParams, sample
 from sharding import rules
+from sharding.transfer import TransferPlan, execute, plan_transfer
 
 _SMALLEST_BUCKET = 16
 
@@ -140,6 +141,7 @@ class RingEngine(engine_api.Engine):
     self._length = bucket(config.max_len)
     self._page_size = min(config.page_size, self._length)
     self.programs = self._programs()
+    self._plan: TransferPlan | None = None  # from where the trainer's weights lay last
 
   def _programs(self) -> "Programs":
     on_mesh = functools.partial(rules.Program, self._mesh)
@@ -154,20 +156,28 @@ class RingEngine(engine_api.Engine):
 
   # ---- weights and state
 
-  def load_params(self, params: ring_model.Params) -> dict[str, Any]:
+  def load_params(self, params: ring_model.Params, version: int = 0) -> dict[str, Any]:
     """The trainer's parameters as this engine stores and lays them out.
 
-    On the same devices in the same order it is one program, and what travels is cast or quantised already.
+    What travels is cast or quantised already.  On the same devices in the same order it is one program; from other
+    devices it is an exact transfer, checked bit for bit (sharding/transfer).
+
+    Args:
+      version: named in errors.
+
+    Raises:
+      TransferError: what arrived is not what was sent.
     """
     if self._mesh is None:
       return self.programs.pack(params)
     source = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    together = isinstance(source, jax.sharding.NamedSharding) and np.array_equal(
-      source.mesh.devices.flat, self._mesh.devices.flat
-    )
-    if not together:
-      params = jax.device_put(params, ring_model.param_shardings(self.model, self._mesh))
-    return self.transfer(params)
+    mesh = source.mesh if isinstance(source, jax.sharding.NamedSharding) else None
+    if mesh is not None and np.array_equal(mesh.devices.flat, self._mesh.devices.flat):
+      return self.transfer(params)
+    packed = rules.Program(mesh, functools.partial(weights.pack, dtype=self.config.dtype))(params)
+    if self._plan is None or self._plan.unlike(packed):
+      self._plan = plan_transfer(packed, self.abstract_stored())
+    return execute(self._plan, packed, version).tree
 
   def abstract_stored(self) -> dict[str, Any]:
     """The weights as the engine stores them: shapes and shardings."""

@@ -1,1 +1,1 @@
-"""Meshes, placement, weight transfer and memory switching (not built yet: this slice runs on one device)."""
+"""Meshes and pods, which axis cuts what, placement, weight transfer and memory switching."""

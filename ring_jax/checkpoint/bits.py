@@ -1,4 +1,4 @@
-"""Bit-level work on host arrays that conversion does on every byte: fingerprints, finite checks, transposing copies.
+"""Bit-level work on host arrays that conversion does on every byte: finite checks, transposing copies.
 
 All of it goes through small pieces that stay in the processor's cache and through buffers that are used again: a fresh
 page costs more than the work on it.
@@ -7,7 +7,6 @@ page costs more than the work on it.
 import jax.numpy as jnp
 import numpy as np
 
-_WORDS = {1: np.uint8, 2: np.uint16}  # of a fingerprint, by item size; else uint32
 _EXPONENTS = {  # all exponent bits set: an infinity or NaN
   "bfloat16": (np.uint16, 0x7F80),
   "float16": (np.uint16, 0x7C00),
@@ -16,16 +15,6 @@ _EXPONENTS = {  # all exponent bits set: an infinity or NaN
 }
 _PIECE = 1 << 16  # elements
 _TILE = 16  # elements; a tile's rows are then half a cache line or more
-
-
-def fingerprint(values: np.ndarray) -> int:
-  """Sum of the bits as unsigned words modulo 2^32, as `store` keeps it for every leaf.
-
-  Parts of a leaf may be summed one by one in any order.
-  """
-  word = _WORDS.get(values.dtype.itemsize, np.uint32)
-  words = values.view(word) if values.dtype.itemsize <= 4 else np.ascontiguousarray(values).reshape(-1).view(word)
-  return int(words.sum(dtype=np.uint32))
 
 
 def all_finite(values: np.ndarray) -> bool:

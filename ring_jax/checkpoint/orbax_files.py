@@ -32,6 +32,7 @@ from ring_jax.checkpoint import bits, names, raw_zarr, shards
 from ring_jax.checkpoint.errors import CheckpointError
 from ring_jax.checkpoint.hf_source import Index
 from ring_jax.model import abstract_params
+from sharding.fingerprint import host_fingerprint
 
 CHUNK_BYTES = 64 << 20
 _CACHE_BYTES = 256 << 20
@@ -67,7 +68,7 @@ class OrbaxSource:
     except Exception as error:
       text = " ".join(str(error).split())[:200]
       raise CheckpointError(f"{self.folder / 'params'}: {'.'.join(path)} is damaged: {text}") from error
-    self._sums[path] = (self._sums[path] + bits.fingerprint(values)) % 2**32
+    self._sums[path] = (self._sums[path] + host_fingerprint(values)) % 2**32
     bits.copy(out, values)
 
   def check_finite(self, path: names.Path, index: Index, values: np.ndarray) -> None:

@@ -17,6 +17,7 @@ from ring_jax.checkpoint import bits
 from ring_jax.checkpoint.errors import CheckpointError
 from ring_jax.checkpoint.hf_source import Index
 from ring_jax.checkpoint.shards import Scratch
+from sharding.fingerprint import host_fingerprint
 
 
 def is_raw(folder: pathlib.Path) -> bool:
@@ -69,7 +70,7 @@ class RawLeaf:
         for one, start, size in zip(index, begin, self._chunk, strict=True)
       ]
       values = chunk[tuple(slice(a - start, b - start) for (a, b), start in zip(spans, begin, strict=True))]
-      total += bits.fingerprint(values)
+      total += host_fingerprint(values)
       bits.copy(
         out[tuple(slice(a - one.start, b - one.start) for (a, b), one in zip(spans, index, strict=True))], values
       )

@@ -34,13 +34,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
 from ring_jax.checkpoint.errors import CheckpointError
 from sharding import processes
+from sharding.fingerprint import fingerprint
 
 PyTree = Any
 Wanted = PyTree | Callable[[dict[str, Any]], PyTree] | None
@@ -321,22 +321,13 @@ def _check_leaves(folder: pathlib.Path, saved: Any, expected: PyTree) -> None:
       )
 
 
-@jax.jit
-def _fingerprint(leaf: jax.Array) -> jax.Array:
-  """Sum of the leaf's bits as unsigned words, modulo 2^32."""
-  if leaf.dtype == jnp.bool_:
-    leaf = leaf.astype(jnp.uint8)
-  word = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
-  return jnp.sum(jax.lax.bitcast_convert_type(leaf, word), dtype=jnp.uint32)
-
-
 def _fingerprints(tree: PyTree) -> dict[str, int]:
   """By leaf.  Leaves are taken one by one because those of one tree may lie on different devices.
 
   One is waited for before the next begins: several programs under way that each sum over all devices can starve each
   other of threads on the CPU backend, and hang.
   """
-  return {name: int(processes.fetch(_fingerprint(leaf))) for name, leaf in _named_leaves(tree)}
+  return {name: int(processes.fetch(fingerprint(leaf))) for name, leaf in _named_leaves(tree)}
 
 
 def _check_fingerprints(folder: pathlib.Path, tree: PyTree, saved: Mapping[str, int]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from configs.schema import ModelConfig
 from ring_jax.checkpoint import bits, hf, hf_config, names, orbax_files, shards
 from ring_jax.checkpoint.hf_source import Index
+from sharding.fingerprint import host_fingerprint
 
 _PIECE_BYTES = 8 << 20
 _KINDS = {"float64": "F64", "float32": "F32", "bfloat16": "BF16"}
@@ -176,6 +177,6 @@ class OrbaxTarget:
       source.fill(path, chunk.index, values[inside])
       if not bits.all_finite(values):
         source.check_finite(path, chunk.index, values[inside])
-      yield Piece(values, ".".join(path), bits.fingerprint(values))
+      yield Piece(values, ".".join(path), host_fingerprint(values))
 
     return pieces

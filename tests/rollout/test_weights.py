@@ -1,14 +1,18 @@
 """The engine's copy of the weights: error bounds of each dtype, what stays exact, and no loss for float32."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs.ring_tiny import get_config
-from configs.schema import RolloutDtype
-from ring_jax.model import init_params
+from configs.schema import ExpertParallel, MeshConfig, ParallelConfig, RolloutDtype
+from ring_jax.model import init_params, param_shardings
 from rollout import weights
+from rollout.engine import RingEngine
+from sharding.mesh import make_mesh
 
 CONFIG = get_config().model
 
@@ -57,3 +61,28 @@ def test_int4_uses_all_levels_symmetrically_and_zero_channels_stay_zero(params):
   assert levels.min() == -7 and levels.max() == 7
   assert np.isfinite(np.asarray(up.scale)).all()
   assert not np.asarray(up.values.astype(jnp.int8))[:, :, 3].any()
+
+
+@pytest.mark.parametrize("dtype", [RolloutDtype.FLOAT32, RolloutDtype.INT8, RolloutDtype.FP8])
+@pytest.mark.parametrize("start", [None, 0, 4], ids=["one device", "other devices", "some in common"])
+def test_weights_reach_an_engine_on_other_devices_bit_for_bit(params, dtype, start):
+  """Cast by the trainer, cut fsdp x expert there and tensor x expert at the engine; packed once, on one device, otherwise."""
+  trainer = ParallelConfig(MeshConfig(fsdp=2, expert=2), expert_parallel=ExpertParallel.ALL_TO_ALL)
+  layout = ParallelConfig(MeshConfig(tensor=2, expert=2), expert_parallel=ExpertParallel.ALL_TO_ALL)
+  config = dataclasses.replace(get_config().rollout, dtype=dtype, parallel=layout)
+  if start is not None:
+    mesh = make_mesh(trainer.mesh, jax.devices()[:4])
+    held = jax.device_put(params, param_shardings(dataclasses.replace(CONFIG, parallel=trainer), mesh))
+  else:
+    held = jax.device_put(params, jax.devices()[0])
+  engine = RingEngine(
+    CONFIG, config, eos_ids=(0,), vocab_mask_V=np.ones(CONFIG.vocab_size, bool), seed=0,
+    mesh=make_mesh(layout.mesh, jax.devices()[4:] if start != 4 else jax.devices()[2:6]),
+  )  # fmt: skip
+  expected = flat(jax.jit(weights.pack, static_argnums=1)(params, dtype))
+  for version in (1, 2):
+    got = flat(engine.load_params(held, version))
+    assert got.keys() == expected.keys()
+    for name, leaf in got.items():
+      assert leaf.sharding == flat(engine.abstract_stored())[name].sharding
+      np.testing.assert_array_equal(np.asarray(leaf).view(np.uint8), np.asarray(expected[name]).view(np.uint8), name)
