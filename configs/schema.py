@@ -229,6 +229,7 @@ class RunConfig:
     for name, phase in (("rl", self.rl), ("rlhf", self.rlhf)):
       self._check_phase(name, phase)
     self._check_parallel()
+    self._check_switching()
     require(
       self.eval.problems <= self.task.held_out_size,
       f"eval.problems={self.eval.problems}: only task.held_out_size={self.task.held_out_size} are held out",
@@ -243,6 +244,19 @@ class RunConfig:
         count <= self.task.held_out_size,
         f"{name}={count}: only task.held_out_size={self.task.held_out_size} are held out",
       )
+
+  def _check_switching(self) -> None:
+    if self.placement.switching is Switching.KEEP:
+      return
+    require(
+      self.rollout.kv_policy is KVPolicy.RECOMPUTE,
+      "placement.switching=host frees the cache during training, but rollout.kv_policy=keep goes on with it",
+    )
+    seats = self.seats
+    require(
+      bool(set(seats[Role.ACTOR].devices) & set(seats[Role.ROLLOUT].devices)),
+      f"placement.switching=host: with placement.strategy={self.placement.strategy} trainer and engine share no device",
+    )
 
   def _check_phase(self, name: str, phase: RLConfig) -> None:
     require(

@@ -23,6 +23,7 @@ from ring_jax.records import FinishReason, Rollout
 from rollout.engine import DecodeState, Insertion, RingEngine
 from rollout.iteration import IterationResult
 from rollout.scheduler import C3POScheduler
+from sharding import memory
 
 # Asked for n prompts; returns up to n (problem index, token ids), fewer only when there are no more.
 PromptSource = Callable[[int], Sequence[tuple[int, list[int]]]]
@@ -54,6 +55,16 @@ class RolloutDriver:
     self._state: DecodeState | None = engine.init_decode_state() if self._keep else None
 
   @property
+  def state(self) -> DecodeState | None:
+    """The engine's cache and all that belongs to it; None while there is none."""
+    return self._state
+
+  def prepare(self) -> None:
+    """Allocates it, where there is none."""
+    if self._state is None:
+      self._state = self._engine.init_decode_state()
+
+  @property
   def device_state(self) -> DecodeState | None:
     """What must be saved beside the scheduler's state for an exact resume; None where nothing must."""
     return self._state if self._keep else None
@@ -62,8 +73,9 @@ class RolloutDriver:
     self._state = state
 
   def free(self) -> None:
-    """Gives the memory of keys and values back until the next iteration; not where they are kept."""
+    """Gives the memory back until the next iteration; not where keys and values are kept."""
     if not self._keep:
+      memory.free(self._state)
       self._state = None
 
   def abstract_device_state(self) -> Any:
@@ -90,10 +102,8 @@ class RolloutDriver:
     scheduler.begin_iteration()
     running: dict[int, Rollout] = scheduler.running()  # by slot; empty unless keys and values are kept
     with self._turn():
-      if self._state is None:
-        self._state = self._engine.init_decode_state()
-      else:
-        self._state = self._engine.release(self._state, running)
+      self.prepare()
+      self._state = self._engine.release(self._state, running)
     while not scheduler.iteration_done:
       self._admit(prompts)
       with self._turn():

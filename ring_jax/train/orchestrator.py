@@ -34,10 +34,12 @@ from ring_jax.train.pipeline import stage
 from ring_jax.train.report.trace import Span
 from ring_jax.train.roles import Roles, Weights
 from ring_jax.train.stream import ProblemStream
+from ring_jax.train.switching import Switch
 from ring_jax.train.turns import Turns
 from rollout.driver import Clock, RolloutDriver
 from rollout.engine import RingEngine
 from rollout.iteration import IterationResult
+from rollout.probe import EngineProbe
 from sharding import processes
 
 
@@ -101,7 +103,10 @@ class Orchestrator:
     self._shared = roles.placement.share(Role.ROLLOUT, Role.ACTOR)
     shadowed = Role.CRITIC not in self._phase.roles or roles.judge is Role.SHADOW_CRITIC
     self._overlaps = not self._shared and shadowed and processes.group().count == 1
-    self._switches = self._shared and config.placement.switching is Switching.HOST
+    switches = self._shared and config.placement.switching is Switching.HOST
+    self._switch = Switch(config, name, driver) if switches else None
+    mesh = roles.meshes[Role.ACTOR]
+    self._probe = None if mesh is None else EngineProbe(config.model, mesh, engine)
     self._lock = threading.Lock()
 
   def step(
@@ -119,8 +124,10 @@ class Orchestrator:
     self._seconds: collections.Counter[str] = collections.Counter()
     span = lambda kind: self._timed(kind, version)  # noqa: E731
     with span("sync"):
-      stored, shadow = self._synced(weights)
+      stored, shadow = self._synced(weights, version)
     self._learner.begin(version)
+    if self._switch is not None:
+      self._switch.to_rollout(weights, stored)
 
     def generate(trained: int):
       return lambda emit: self._generate(stored, version, trained, emit, on_progress)
@@ -134,9 +141,8 @@ class Orchestrator:
       if pending is None:
         chunks = list(chunks)  # the engine does one iteration after the other
       _, following = stage(generate(version + 1), ahead=self._overlaps)
-    if self._shared:
-      del stored
-      self._driver.free()
+    if self._switch is not None:
+      self._switch.to_training(weights, stored)
 
     def judge(emit):
       for chunk in chunks:
@@ -155,12 +161,18 @@ class Orchestrator:
 
   # ---- stages
 
-  def _synced(self, weights: Weights) -> tuple[Any, Any]:
-    """The actor's weights as the engine stores them, the critic's as its judge does (None: there is no critic)."""
-    stored = jax.block_until_ready(self._engine.load_params(weights.actor))
+  def _synced(self, weights: Weights, version: int) -> tuple[Any, Any]:
+    """The actor's weights as the engine stores them, the critic's as its judge does (None: there is no critic).
+
+    Raises:
+      TransferError: what arrived is not what was sent, or the engine computes something else with it.
+    """
+    stored = jax.block_until_ready(self._engine.load_params(weights.actor, version))
+    if self._probe is not None:
+      self._probe(weights.actor, stored, version)
     if weights.critic is None or self._roles.judge is Role.CRITIC:
       return stored, weights.critic
-    return stored, jax.block_until_ready(self._roles.hand_over(weights.critic, Role.SHADOW_CRITIC))
+    return stored, self._roles.hand_over(weights.critic, Role.SHADOW_CRITIC, version)
 
   def _generate(
     self, stored: Any, version: int, trained: int, emit: Callable[[list[Rollout]], None], on_progress

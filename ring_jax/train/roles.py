@@ -25,6 +25,7 @@ from ring_jax.train.programs import Programs
 from ring_jax.train.scalar_programs import ScalarPrograms
 from ring_jax.train.updates import Update
 from sharding.placement import Placement
+from sharding.transfer import TransferPlan, execute, plan_transfer
 
 
 @dataclasses.dataclass
@@ -61,6 +62,7 @@ class Roles:
     }
     self._policies: dict[Any, Programs] = {}
     self._scalars: dict[Any, ScalarPrograms] = {}
+    self._plans: dict[Role, TransferPlan] = {}
 
   @property
   def judge(self) -> Role:
@@ -113,9 +115,15 @@ class Roles:
     model = dataclasses.replace(self._config.model, parallel=self._seats[role].parallel)
     return (abstract_scalar if scalar else abstract_params)(model, self.meshes[role])
 
-  def hand_over(self, params: Params, role: Role) -> Params:
-    """A copy of parameters, of whatever layout, as the role lays them out."""
+  def hand_over(self, params: Params, role: Role, version: int = 0) -> Params:
+    """A copy of parameters, of whatever layout, as the role lays them out; checked bit for bit.
+
+    Raises:
+      TransferError: what arrived is not what was sent.
+    """
     if self.meshes[role] is None:
       return jax.tree.map(jax.numpy.copy, params)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract(role))
-    return jax.device_put(params, shardings, may_alias=False)
+    plan = self._plans.get(role)
+    if plan is None or plan.unlike(params):
+      plan = self._plans[role] = plan_transfer(params, self.abstract(role))
+    return execute(plan, params, version).tree
