@@ -37,7 +37,7 @@ class Route(Enum):
   HOST_VIEWS = "host_views"  # every device is host memory of this process: one copy, from shard to shard
   PIECES = "pieces"  # every device is this process's: cut at the source, sent, put in place at the target
   PATHWAYS = "pathways"  # one controller of many hosts: its own resharding, all tensors in one call
-  WHOLE = "whole"  # several processes: `jax.device_put` of the tree, or one program where the devices are the same
+  WHOLE = "whole"  # several processes: `jax.device_put` of the tree, or one program where devices keep their order
 
 
 class Piece(NamedTuple):
