@@ -100,11 +100,6 @@ class Leaf:
   def shard_bytes_T(self) -> np.ndarray:
     return _elements(self.target.box_SxNx2) * self.dtype.itemsize
 
-  def pieces(self) -> Iterator[Piece]:
-    """All of them, whole."""
-    for (source, target), box_Nx2 in zip(self.device_Px2.tolist(), self.boxes(), strict=True):
-      yield Piece(source, target, box_Nx2)
-
   def part(self, part: int) -> Iterator[Piece]:
     """What goes with one part."""
     for (source, target), box_Nx2 in zip(self.device_Px2.tolist(), self.boxes(part, self.parts), strict=True):
