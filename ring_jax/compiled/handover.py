@@ -3,13 +3,11 @@
 import functools
 from typing import Any
 
-import numpy as np
-
 from configs.base import require
 from configs.schema import RunConfig
 from ring_jax import model as ring_model
+from ring_jax.compiled.programs import engine_on
 from rollout import weights
-from rollout.engine import RingEngine
 from sharding import rules
 from sharding.mesh import make_mesh
 from sharding.topology import Topology
@@ -35,12 +33,7 @@ def predicted(config: RunConfig, topology: Topology) -> dict[str, Any]:
   mesh = make_mesh(trainer.mesh, between.first)
   pack = rules.Program(mesh, functools.partial(weights.pack, dtype=config.rollout.dtype))
   source = pack.shapes(ring_model.abstract_params(config.model, mesh))
-  vocabulary = np.ones(config.model.vocab_size, bool)
-  receiver = RingEngine(
-    config.model, config.rollout, eos_ids=(0,), vocab_mask_V=vocabulary, seed=0,
-    mesh=make_mesh(engine.mesh, between.second),
-  )  # fmt: skip
-  ways = predict.predict(source, receiver.abstract_stored(), between)
+  ways = predict.predict(source, engine_on(config, between.second).abstract_stored(), between)
   return {
     "config": config.name,
     "dtype": str(config.rollout.dtype),

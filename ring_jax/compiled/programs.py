@@ -80,7 +80,8 @@ def _train_step(config: RunConfig, devices: Sequence[Any]) -> Iterator[Unit]:
   )  # fmt: skip
 
 
-def _engine(config: RunConfig, devices: Sequence[Any]) -> RingEngine:
+def engine_on(config: RunConfig, devices: Sequence[Any]) -> RingEngine:
+  """The run's engine, laid out on devices that need not be here."""
   parallel = config.rollout.parallel or config.model.parallel
   mesh = make_mesh(parallel.mesh, devices)
   return RingEngine(
@@ -89,7 +90,7 @@ def _engine(config: RunConfig, devices: Sequence[Any]) -> RingEngine:
 
 
 def _prefill(config: RunConfig, devices: Sequence[Any]) -> Unit:
-  engine = _engine(config, devices)
+  engine = engine_on(config, devices)
   stored = engine.abstract_stored()
   rows = config.rollout.prefill_batch
   tokens = jax.ShapeDtypeStruct((rows, engine.max_prefill_length), jnp.int32)
@@ -99,7 +100,7 @@ def _prefill(config: RunConfig, devices: Sequence[Any]) -> Unit:
 
 
 def _decode(config: RunConfig, devices: Sequence[Any]) -> Unit:
-  engine = _engine(config, devices)
+  engine = engine_on(config, devices)
   stored = engine.abstract_stored()
   state = engine.abstract_decode_state()
   lowered = engine.programs.decode.lower(stored, state, config.rollout.steps_per_dispatch)
@@ -108,6 +109,6 @@ def _decode(config: RunConfig, devices: Sequence[Any]) -> Unit:
 
 def _transfer(config: RunConfig, devices: Sequence[Any]) -> Unit:
   """From the trainer's layout to the engine's, on the same devices: cast or quantised before it travels."""
-  engine = _engine(config, devices)
+  engine = engine_on(config, devices)
   params = ring_model.abstract_params(config.model, make_mesh(config.model.parallel.mesh, devices))
   return Unit("transfer", engine.transfer.lower(params), {"parameters": params}, {})

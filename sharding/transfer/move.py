@@ -12,7 +12,8 @@ How (`Route` says when):
     pieces       Per bucket: slices at the source, one `device_put` of them all, updates in place at the target; the
                  bucket before is waited for, so that two are under way.
     pathways     Its own resharding of the whole tree (jetstream.md section 5).
-    whole        `jax.device_put` of the tree; on the same devices in the same order one program.
+    whole        `jax.device_put` of the tree; on the same devices in the same order one program.  Between processes JAX
+                 does that on one set of devices only; from one set to another it takes Pathways.
 """
 
 import functools
@@ -84,7 +85,7 @@ def execute(plan: TransferPlan, params: PyTree, version: int, before: Delivered 
     case Route.PATHWAYS:
       arrived = _by_pathways(plan, sent)
     case Route.WHOLE:
-      arrived = _as_a_whole(plan, sent)
+      arrived = _as_a_whole(plan, sent, version)
   old = None if before is None else (before.version, jax.tree.leaves(before.tree))
   check.bits(plan, sent, arrived, version, old if plan.then is None else None)
   tree = jax.tree.unflatten(plan.structure, arrived)
@@ -214,9 +215,15 @@ def _same(leaves: list[jax.Array]) -> list[jax.Array]:
   return leaves
 
 
-def _as_a_whole(plan: TransferPlan, sent: Sequence[jax.Array]) -> list[jax.Array]:
+def _as_a_whole(plan: TransferPlan, sent: Sequence[jax.Array], version: int) -> list[jax.Array]:
   shardings = [leaf.sharding for leaf in plan.leaves]
   first = plan.leaves[0].source.device_S if plan.leaves else None
   if all(np.array_equal(side.device_S, first) for leaf in plan.leaves for side in leaf.sides):
     return jax.jit(_same, out_shardings=shardings)(list(sent))
+  for leaf in plan.leaves:
+    if not plan.addressable and set(leaf.source.device_S) != set(leaf.target.device_S):
+      raise TransferError(
+        f"version {version}: {leaf.name} goes to other devices, and these belong to several processes:"
+        " JAX moves arrays so under Pathways only"
+      )
   return jax.device_put(list(sent), shardings, may_alias=False)

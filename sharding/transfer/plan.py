@@ -37,7 +37,7 @@ class Route(Enum):
   HOST_VIEWS = "host_views"  # every device is host memory of this process: one copy, from shard to shard
   PIECES = "pieces"  # every device is this process's: cut at the source, sent, put in place at the target
   PATHWAYS = "pathways"  # one controller of many hosts: its own resharding, all tensors in one call
-  WHOLE = "whole"  # several processes: `jax.device_put` of the tree, or one program where the devices are the same
+  WHOLE = "whole"  # several processes: `jax.device_put` of the tree, or one program where devices keep their order
 
 
 class Piece(NamedTuple):
@@ -99,11 +99,6 @@ class Leaf:
   @property
   def shard_bytes_T(self) -> np.ndarray:
     return _elements(self.target.box_SxNx2) * self.dtype.itemsize
-
-  def pieces(self) -> Iterator[Piece]:
-    """All of them, whole."""
-    for (source, target), box_Nx2 in zip(self.device_Px2.tolist(), self.boxes(), strict=True):
-      yield Piece(source, target, box_Nx2)
 
   def part(self, part: int) -> Iterator[Piece]:
     """What goes with one part."""

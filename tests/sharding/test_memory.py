@@ -140,6 +140,17 @@ def test_a_part_that_is_missing_is_noticed(ledger):
     ledger.check("training")
 
 
+def test_what_is_registered_without_a_sharding_is_on_the_first_device(ledger):
+  ledger.register("rollout", "kv_cache", jax.ShapeDtypeStruct((8, 64), jnp.float32), AT_ROLLOUT)
+  with pytest.raises(LedgerError, match="rollout kv_cache should be device, and is not"):
+    ledger.check("rollout")
+  kv = jnp.ones((8, 64))
+  ledger.hold("rollout", "kv_cache", kv)
+  ledger.check("rollout")
+  free(kv)
+  ledger.check("training")
+
+
 def test_the_ledger_keeps_nothing_alive(ledger):
   opt = state(2)
   ledger.register("actor", "optimizer", opt, {"training": Place.FREED})

@@ -1,6 +1,11 @@
 """Transfers between real devices: the same bits, whatever the layouts; and broken ones, each caught by name."""
 
 import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from sharding.transfer import Holder, Probe, Route, TransferError, check, execute, move, plan_fan_out, plan_transfer
 from tests.sharding.test_transfer_plan import DEVICES, LAYOUTS, ROLLOUT, TRAIN, on
 
+ROOT = pathlib.Path(__file__).parents[2]
 DTYPES = ["float32", "bfloat16", "float8_e4m3fn", "int8", "int4", "bool", "uint32", "float16"]
 
 
@@ -273,3 +279,21 @@ def test_the_probe_stops_where_the_bits_agree_and_the_numbers_do_not(wrong):
   sent, plan = planned()
   with pytest.raises(TransferError, match=r"the probe differs by .*, though every tensor arrived bit for bit"):
     Holder().receive(plan, sent, 1, Probe(log_probs, wrong, 1e-5))
+
+
+def test_two_processes_change_the_layout_on_their_devices_and_say_what_they_cannot():
+  with socket.create_server(("", 0)) as server:
+    port = str(server.getsockname()[1])
+  started = [
+    subprocess.Popen(
+      [sys.executable, "-m", "tests.sharding.transfer_processes", port, str(index)], cwd=ROOT,
+      env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    for index in range(2)
+  ]  # fmt: skip
+  for process in started:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-3000:]
+    results = [line.removeprefix("RESULT ") for line in out.splitlines() if line.startswith("RESULT")]
+    assert results[:2] == ["whole True", "whole True"]
+    assert results[2].startswith("version 3: w goes to other devices") and "Pathways" in results[2]
