@@ -83,7 +83,7 @@ class Programs:
     self.sft_gradients = on_mesh(self._sft_gradients, donate_argnums=1)
     self.logprobs = on_mesh(self._logprobs)
     self.rl_gradients = on_mesh(self._rl_gradients, donate_argnums=1, static_argnums=(4, 5))
-    self.init_optimizer = on_mesh(lambda params, phase: self._updates[phase].init(params), static_argnums=1)
+    self.init_optimizer = on_mesh(self._init_optimizer, static_argnums=1)
     self.apply = on_mesh(self._apply, donate_argnums=(0, 1), static_argnums=3)
     self.balance = on_mesh(self._balance, donate_argnums=0)
 
@@ -159,6 +159,9 @@ class Programs:
       return loss, (out.expert_counts_LxE, (metrics["logp"].reshape(shape), metrics["entropy"].reshape(shape)))
 
     return self._accumulate(sums, loss_of, params)
+
+  def _init_optimizer(self, params: Params, phase: str) -> Any:
+    return self._updates[phase].init(params)
 
   def abstract_optimizer(self, params: Params, phase: str) -> Any:
     """Shapes and shardings of the state for abstract parameters, for a restore."""

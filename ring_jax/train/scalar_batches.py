@@ -27,7 +27,8 @@ def value_batches(
   """Microbatches of the critic's step on one minibatch: the mean over all its answer tokens.
 
   Args:
-    old_values, returns: of `rl.ppo.gae`, one number a token.
+    old_values: the critic's before the step, one number a token.
+    returns: of `rl.ppo.gae`, likewise.
   """
   weight = config.value_coef / 2 / max(sum(len(rollout.tokens) for rollout in rollouts), 1)
   sequences = [

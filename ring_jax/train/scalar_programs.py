@@ -142,7 +142,8 @@ class ScalarPrograms:
 
 def value_metrics(sums: ScalarSums) -> dict[str, float]:
   """Of a minibatch: the loss, the share of tokens whose gradient the clip cuts, and how much of the returns the values
-  explain: 1 - Var(return - value) / Var(return), 0 where all returns are equal."""
+  explain, 1 - Var(return - value) / Var(return); 0 where all returns are equal.
+  """
   tally = ValueTally(*map(float, jax.device_get(sums.tally)))
   count = max(tally.tokens, 1.0)
   variance = lambda total, squared: max(squared / count - (total / count) ** 2, 0.0)  # noqa: E731

@@ -80,7 +80,8 @@ def distance(got, want):
 
 
 def test_tree_is_the_actor_s_trunk_and_a_zero_head(fresh):
-  actor = ring_model.init_params(MODEL, 1)
+  actor = ring_model.init_params(dataclasses.replace(MODEL, num_nextn_predict_layers=0), 1)
+  actor["mtp"] = {"final_norm": {"scale": jnp.ones(32)}}
   made = ring_model.scalar_from_actor(actor)
   trunk = {name: part for name, part in actor.items() if name not in ("lm_head", "mtp")}
   jax.tree.map(np.testing.assert_array_equal, made, fresh)
@@ -119,16 +120,13 @@ def test_values_are_those_of_each_sequence_alone(params, batch):
     np.testing.assert_allclose(values[row, first:last], expected[0, : last - first], atol=3e-6)
 
 
-MESHES = {
-  "data fsdp tensor": ParallelConfig(MeshConfig(data=2, fsdp=2, tensor=2)),
-  "fsdp expert": ParallelConfig(MeshConfig(fsdp=4, expert=2), expert_parallel="all_to_all"),
-}
+# Another one is in test_scalar_programs.py.
+PARALLEL = ParallelConfig(MeshConfig(data=2, expert=2, tensor=2), expert_parallel="all_to_all")
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_values_and_gradients_on_a_mesh_are_those_of_one_device(name, params, batch, alone):
-  config = dataclasses.replace(MODEL, parallel=MESHES[name])
-  mesh = make_mesh(config.parallel.mesh)
+def test_values_and_gradients_on_a_mesh_are_those_of_one_device(params, batch, alone):
+  config = dataclasses.replace(MODEL, parallel=PARALLEL)
+  mesh = make_mesh(PARALLEL.mesh)
   placed = jax.device_put(params, ring_model.scalar_shardings(config, mesh))
   grads, values = differentiated(config, mesh)(placed, *batch)
   expected_grads, expected = alone
@@ -141,8 +139,8 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device(name, params, ba
 
 
 def test_parameters_are_made_where_the_shardings_say(fresh):
-  config = dataclasses.replace(MODEL, num_nextn_predict_layers=0, parallel=MESHES["data fsdp tensor"])
-  mesh = make_mesh(config.parallel.mesh)
+  config = dataclasses.replace(MODEL, num_nextn_predict_layers=0, parallel=PARALLEL)
+  mesh = make_mesh(PARALLEL.mesh)
   actor = jax.device_put(fresh["trunk"] | {"lm_head": {"kernel": np.ones((32, 48), np.float32)}},
                          ring_model.param_shardings(config, mesh))  # fmt: skip
   made, abstract = ring_model.scalar_from_actor(actor), ring_model.abstract_scalar(config, mesh)

@@ -21,19 +21,20 @@ from ring_jax.train.updates import Update
 from sharding.mesh import make_mesh
 
 BASE = get_config()
+WIDTH, PAIRS = 24, 14
 CONFIG = dataclasses.replace(
   BASE,
   model=dataclasses.replace(
-    BASE.model, vocab_size=48, hidden_size=16, num_hidden_layers=2, intermediate_size=32, moe_intermediate_size=16,
-    num_experts=4, num_nextn_predict_layers=1,
+    BASE.model, vocab_size=48, hidden_size=16, num_hidden_layers=1, first_k_dense_replace=0, num_experts=4,
+    moe_intermediate_size=16,
   ),
-  packing=PackingConfig(length=40, rows=2),
-  reward_model=RewardModelConfig(steps=4, batch_size=12),
+  packing=PackingConfig(length=WIDTH, rows=8),
+  rollout=dataclasses.replace(BASE.rollout, max_prompt_tokens=8, max_tokens=14),
+  reward_model=RewardModelConfig(steps=4, batch_size=PAIRS),
 )  # fmt: skip
 MODEL = CONFIG.model
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1)
 PPO = PPOConfig(value_clip=0.3, value_coef=0.7)
-WIDTH = 24
 
 
 def random_ids(rng, low, high):
@@ -64,10 +65,10 @@ def params(fresh):
 
 @pytest.fixture(scope="module")
 def rollouts():
-  """Eleven answers, one of them a single token, with old values and returns of all sizes."""
+  """22 answers, one of them a single token, with old values and returns of all sizes."""
   rng = np.random.default_rng(1)
-  made = [Rollout(uid, 0, uid, random_ids(rng, 2, 8), random_ids(rng, 1, 14)) for uid in range(10)]
-  made.append(Rollout(10, 0, 10, [5, 6], [7]))
+  made = [Rollout(uid, 0, uid, random_ids(rng, 2, 8), random_ids(rng, 1, 14)) for uid in range(21)]
+  made.append(Rollout(21, 0, 21, [5, 6], [7]))
   draw = lambda: [rng.normal(size=len(one.tokens)).astype(np.float32) for one in made]  # noqa: E731
   return made, draw(), draw()
 
@@ -75,7 +76,7 @@ def rollouts():
 @pytest.fixture(scope="module")
 def pairs():
   rng = np.random.default_rng(2)
-  return [Pair(random_ids(rng, 2, 8), random_ids(rng, 1, 14), random_ids(rng, 1, 14)) for _ in range(12)]
+  return [Pair(random_ids(rng, 2, 8), random_ids(rng, 1, 14), random_ids(rng, 1, 14)) for _ in range(PAIRS)]
 
 
 def padded(sequences):
@@ -93,7 +94,7 @@ def padded_values(params, tokens, valid):
 
 def assert_close(got, expected, tolerance=2e-5):
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
-    scale = max(float(np.abs(b).max()), 1e-3)
+    scale = max(float(np.abs(b).max()), 1e-2)  # the bias of a difference has no gradient but rounding
     np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
 
 
@@ -126,7 +127,8 @@ def test_value_gradient_is_that_of_single_sequences(programs, params, rollouts):
   # What it says of itself, from the arrays.
   kept, near, target = np.float64(kept), np.float64(near), np.float64(np.concatenate(returns))
   metrics = value_metrics(sums)
-  clipped = (near - target) ** 2 > (kept - target) ** 2
+  outside = np.abs(kept - np.concatenate(old)) > PPO.value_clip
+  clipped = outside & ((near - target) ** 2 > (kept - target) ** 2)
   assert 0.1 < clipped.mean() < 0.9
   assert metrics["clipped"] == pytest.approx(clipped.mean())
   assert metrics["explained_variance"] == pytest.approx(1 - np.var(target - kept) / np.var(target), abs=1e-5)
@@ -150,49 +152,44 @@ def test_at_the_old_values_nothing_is_clipped(programs, params, rollouts):
 
 
 def test_pair_gradient_is_that_of_single_sequences(programs, params, pairs):
-  chosen = padded([[*pair.prompt, *pair.chosen] for pair in pairs])
-  rejected = padded([[*pair.prompt, *pair.rejected] for pair in pairs])
+  sequences = [[*pair.prompt, *pair.chosen] for pair in pairs] + [[*pair.prompt, *pair.rejected] for pair in pairs]
+  tokens, valid, lengths = padded(sequences)
 
   def loss_of(params):
-    score = lambda tokens, valid, lengths: padded_values(params, tokens, valid)[np.arange(12), lengths - 1]  # noqa: E731
-    margin = score(*chosen) - score(*rejected)
-    return -jnp.mean(jnp.log(jax.nn.sigmoid(margin))), margin
+    score = padded_values(params, tokens, valid)[np.arange(2 * PAIRS), lengths - 1]
+    margin = score[:PAIRS] - score[PAIRS:]
+    return -jnp.mean(jnp.log(jax.nn.sigmoid(margin))), (margin, score)
 
-  (loss, margin), expected = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
+  (loss, (margin, score)), expected = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
   batches = pair_batches(pairs, CONFIG.packing)
   apart = [
-    place // 40 != other // 40
+    place // WIDTH != other // WIDTH
     for _, fields in batches
     for place, other, weight in zip(*fields, strict=True)
     if weight > 0
   ]
-  assert len(batches) > 2 and len(apart) == 12 and 0 < sum(apart) < 12  # in one row, and in two
+  assert len(batches) > 1 and len(apart) == PAIRS and 0 < sum(apart) < PAIRS  # in one row, and in two
   sums = summed(programs.pair_gradients, params, batches)
   assert abs(float(sums.loss) - float(loss)) < 1e-6
   assert_close(sums.params, expected)
   metrics = pair_metrics(sums)
   assert metrics["accuracy"] == pytest.approx(np.mean(np.asarray(margin) > 0)) and 0 < metrics["accuracy"] < 1
   assert metrics["margin"] == pytest.approx(float(np.mean(margin)), abs=1e-5)
-  got = scores(programs, params, [[*pair.prompt, *pair.chosen] for pair in pairs], CONFIG.packing)
-  np.testing.assert_allclose(got, jax.jit(padded_values)(params, *chosen[:2])[np.arange(12), chosen[2] - 1], atol=3e-6)
+  np.testing.assert_allclose(scores(programs, params, sequences, CONFIG.packing), score, atol=3e-6)
 
 
-def test_any_rows_give_the_same_gradient_also_on_a_mesh(params, rollouts, pairs):
-  """One microbatch of eight rows, on one device and on eight: a pair's answers lie on different devices."""
-  packing = PackingConfig(length=24, rows=8)
-  parallel = ParallelConfig(MeshConfig(data=2, fsdp=2, expert=2), expert_parallel="all_to_all")
-  batches = pair_batches(pairs[:6], packing)[:1], value_batches(*rollouts, PPO, packing)[:1]
+def test_a_mesh_gives_the_same_gradient(programs, params, rollouts, pairs):
+  """Eight rows on eight devices, the two answers of a pair on different ones."""
+  parallel = ParallelConfig(MeshConfig(data=2, fsdp=4))
+  batches = pair_batches(pairs, CONFIG.packing)[:1], value_batches(*rollouts, PPO, CONFIG.packing)[:1]
   mesh = make_mesh(parallel.mesh)
   placed = jax.device_put(params, ring_model.scalar_shardings(dataclasses.replace(MODEL, parallel=parallel), mesh))
-  update = Update(optax.adam(1e-2), OPTIMIZER)
-  alone, spread = ScalarPrograms(CONFIG, update), ScalarPrograms(CONFIG, update, mesh, parallel)
+  spread = ScalarPrograms(CONFIG, Update(optax.adam(1e-2), OPTIMIZER), mesh, parallel)
   for name, some in zip(("pair_gradients", "value_gradients"), batches, strict=True):
-    one, other = summed(getattr(alone, name), params, some), summed(getattr(spread, name), placed, some)
+    one, other = summed(getattr(programs, name), params, some), summed(getattr(spread, name), placed, some)
     assert abs(float(one.loss) - float(other.loss)) <= 1e-6 * abs(float(one.loss))
-    norm = float(optax.global_norm(one.params))
-    assert (
-      float(optax.global_norm(jax.tree.map(jnp.subtract, *jax.device_get((one.params, other.params))))) <= 1e-6 * norm
-    )
+    far = jax.tree.map(np.subtract, *jax.device_get((one.params, other.params)))
+    assert optax.global_norm(far) <= 1e-6 * optax.global_norm(one.params)
     np.testing.assert_allclose(*map(np.float64, jax.device_get((other.tally, one.tally))), rtol=1e-5, atol=1e-5)
   state = spread.init_optimizer(placed)
   for found, wanted in zip(*map(jax.tree.leaves, (state, spread.abstract_optimizer(placed))), strict=True):
@@ -239,8 +236,8 @@ def test_the_reward_model_learns_its_pairs(programs, fresh, pairs):
     params, state, metrics, positions = phase.step(params, state)
     history.append(metrics)
   assert history[0]["loss"] == pytest.approx(np.log(2)) and history[0]["accuracy"] == 0.0
-  assert history[-1]["loss"] < 0.35 and history[-1]["accuracy"] >= 11 / 12 and history[-1]["margin"] > 0.5
+  assert history[-1]["loss"] < 0.35 and history[-1]["accuracy"] >= 1 - 1 / PAIRS and history[-1]["margin"] > 0.5
   assert positions == sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs)
-  assert history[-1]["pairs_seen"] == 25 * 12
-  assert phase.accuracy(params, pairs) >= 11 / 12
+  assert history[-1]["pairs_seen"] == 25 * PAIRS
+  assert phase.accuracy(params, pairs) >= 1 - 1 / PAIRS
   assert phase.accuracy(params, []) == 0.0
