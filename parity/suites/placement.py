@@ -1,0 +1,185 @@
+"""RLHF under every placement, on either path: the same experience, losses and parameters from the same recorded rollouts.
+
+The standard is the PyTorch twin in one process (torch_twin/ppo.py).  Against it stand the twin with its roles on four
+processes (torch_twin/placed.py) and the JAX path on eight devices (placement_jax.py), each colocated, interleaving and
+disaggregated.  Both read the same `Placement`, one with ranks for devices.
+
+Two phases: IcePop with group-relative advantages of a reward model's scores, and with those of a critic (GAE).  Both have
+a reference and a reward model, as interleaving needs, several minibatches a step, and sampled log-probs of which some are
+out of IcePop's band.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from configs.schema import Advantage, IcePopConfig, PPOConfig, Reward, RewardModelConfig, RLConfig, Role, Strategy
+from parity import cases, rlhf
+from parity.cases import Case
+from parity.compare import Row, Suite, Tier, compare
+from parity.rlhf import RLHFCase, Steps
+from parity.suites import objective, placement_jax
+from parity.torch_twin import placed, ppo, step, weights
+from ring_jax.records import Rollout
+from sharding.placement import Placement
+
+# Tolerances, relative to the largest value of a field: of the whole phase, since rewards of tokens may all be small.
+# Log-probs, values and scores have a scale of their own: 1.
+EXPERIENCE, LOSSES, PARAMETERS = 2e-5, 1e-5, 1e-6
+RANKS = 4
+STRATEGIES = (Strategy.COLOCATED, Strategy.INTERLEAVING, Strategy.DISAGGREGATED)
+TORCH, JAX = "PyTorch placed against alone", "JAX against PyTorch"
+_STEPS, _MINIBATCHES, _ROLLOUTS = 3, 2, 8
+_ROLES = frozenset(Role) - {Role.SHADOW_CRITIC}
+# Half of the ranks train the actor; the critic trains beside it, and the last ranks judge.
+_SHARES = {Role.ACTOR: 0.5, Role.CRITIC: 0.25, Role.ROLLOUT: 0.25}
+
+# As `objective.FAST`, but twice as many steps add up.
+_ADAMW = dataclasses.replace(objective.FAST, eps=1e-5)
+_RL = RLConfig(
+  steps=_STEPS,
+  reward=Reward.MODEL,
+  objective=IcePopConfig(kl_coef=0.3),
+  ppo=PPOConfig(kl_coef=0.3, reward_clip=0.5, gamma=0.97, value_clip=0.02, optimizer=_ADAMW),
+  optimizer=_ADAMW,
+)
+QUICK = (
+  ("IcePop, groups", dataclasses.replace(_RL, advantage=Advantage.GRPO)),
+  ("IcePop, critic", dataclasses.replace(_RL, advantage=Advantage.GAE)),
+)
+FULL = (
+  *QUICK,
+  ("critic, streaming", dataclasses.replace(_RL, advantage=Advantage.GAE, stream=_ROLLOUTS)),
+  ("verifier, mean only, no KL",
+   dataclasses.replace(_RL, advantage=Advantage.MEAN_ONLY, reward=Reward.VERIFIER, objective=IcePopConfig())),
+)  # fmt: skip
+
+Placed = Callable[[Sequence[placed.Job]], list[Steps]]
+
+
+def placement_of(strategy: Strategy, devices: Sequence[Any], config: RLConfig) -> Placement:
+  """Of either path: devices are ranks or `jax.devices()`."""
+  roles = _ROLES & config.roles
+  match strategy:
+    case Strategy.COLOCATED:
+      return Placement.colocated(devices, roles)
+    case Strategy.INTERLEAVING:
+      return Placement.interleaving(devices, roles)
+    case _:
+      return Placement.disaggregated(devices, roles, {role: s for role, s in _SHARES.items() if role in roles})
+
+
+def strategies_of(config: RLConfig) -> list[Strategy]:
+  """Interleaving is for a reference beside a reward model."""
+  pair = config.roles >= {Role.REFERENCE, Role.REWARD}
+  return [strategy for strategy in STRATEGIES if pair or strategy is not Strategy.INTERLEAVING]
+
+
+def record(model: Case, name: str, config: RLConfig, seed: int = 0) -> RLHFCase:
+  """A phase over random models and random answers, scored by the first actor and moved (`objective.record_rollouts`)."""
+  run = objective.run_config(model, objective.QUICK[0])
+  run = dataclasses.replace(run, name=name, rlhf=config, reward_model=RewardModelConfig(steps=1))
+  mask_V = np.arange(model.config.vocab_size) < model.config.vocab_size - 4
+  params = {Role.ACTOR: cases.random_params(model.config, model.seed, model.bias_shift)}
+  for offset, role in enumerate(sorted(config.roles & {Role.CRITIC, Role.REWARD}), 1):
+    params[role] = scalar_params(model, model.seed + offset)
+  actor, scorer = weights.build(model.config, params[Role.ACTOR]), step.Scorer(run.rollout.temperature, mask_V)
+  steps: list[rlhf.Minibatches] = [[] for _ in range(_STEPS)]
+  for number in range(_STEPS * _MINIBATCHES):
+    rollouts = objective.record_rollouts(
+      model, lambda rollouts: step.answer_logps(actor, rollouts, scorer), seed + number, _ROLLOUTS - number % 2
+    )
+    steps[number // _MINIBATCHES].append([_renumbered(rollout, number) for rollout in rollouts])
+  return RLHFCase(name, run, params, steps, mask_V)
+
+
+def scalar_params(model: Case, seed: int) -> dict[str, Any]:
+  """A critic or reward model of which nothing is 0."""
+  trunk = cases.random_params(dataclasses.replace(model.config, num_nextn_predict_layers=0), seed, model.bias_shift)
+  del trunk["lm_head"]
+  random = np.random.default_rng(seed)
+  kernel_D = random.normal(0.0, 0.5 * model.config.hidden_size**-0.5, model.config.hidden_size)
+  head = {"kernel": kernel_D.astype(np.float32), "bias": np.float32(random.normal(0.0, 0.3))}
+  return {"trunk": trunk, "head": head}
+
+
+def _renumbered(rollout: Rollout, number: int) -> Rollout:
+  first = number * _ROLLOUTS
+  return dataclasses.replace(rollout, uid=first + rollout.uid, group=first + rollout.group, problem=rollout.problem)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparison
+
+
+def experience_rows(got: Steps, expected: Steps, name: str) -> list[Row]:
+  rows = []
+  for version, (own, other) in enumerate(zip(got.experience, expected.experience, strict=True)):
+    for field in rlhf.EXPERIENCE:
+      if field in other:
+        scale = max(1.0, *(float(np.abs(one[field]).max(initial=0.0)) for one in expected.experience))
+        value = own.get(field, np.zeros(0))
+        rows.append(compare(f"{field} of step {version}", value, other[field], tolerance=EXPERIENCE, case=name,
+                            scale=scale))  # fmt: skip
+  return rows
+
+
+def loss_rows(got: Steps, expected: Steps, name: str) -> list[Row]:
+  # The actor's is a sum of terms the size of an advantage, which may cancel.
+  scale = float(np.mean([np.abs(one["advantages"]).mean() for one in expected.experience]))
+  return [
+    compare(f"{role} loss", got.losses.get(role, ()), losses, tolerance=LOSSES, case=name,
+            scale=scale if role is Role.ACTOR else None)
+    for role, losses in expected.losses.items()
+  ]  # fmt: skip
+
+
+def parameter_rows(got: Steps, expected: Steps, model: Case, name: str) -> list[Row]:
+  rows = []
+  for role, theirs in expected.params.items():
+    ours = got.params[role]
+    if "head" in theirs:
+      head = {part: [tree["head"][part] for tree in (ours, theirs)] for part in theirs["head"]}
+      rows += [compare(f"{role} head.{part}", *both, tolerance=PARAMETERS, case=name) for part, both in head.items()]
+      ours, theirs = ours["trunk"], theirs["trunk"]
+    rows += objective.tree_rows(str(role), ours, theirs, model, name, PARAMETERS)
+  return rows
+
+
+def run(quick: bool = True, run_placed: Placed = placed.run) -> Suite:
+  """All tiers.
+
+  Args:
+    quick: the phases that CI needs.
+    run_placed: how the twin runs across processes.
+  """
+  model = cases.QUICK[2]
+  recorded = [record(model, name, config, 100 * i) for i, (name, config) in enumerate(QUICK if quick else FULL)]
+  alone = [ppo.run_alone(case) for case in recorded]
+  asked = [(i, strategy) for i, case in enumerate(recorded) for strategy in strategies_of(case.phase)]
+  begin = time.perf_counter()
+  found = {TORCH: run_placed(
+    [placed.Job(recorded[i], placement_of(strategy, range(RANKS), recorded[i].phase)) for i, strategy in asked]
+  )}  # fmt: skip
+  middle = time.perf_counter()
+  found[JAX] = placement_jax.run([(strategy, recorded[i]) for i, strategy in asked])
+  seconds = {TORCH: middle - begin, JAX: time.perf_counter() - middle}
+  kinds = (
+    ("experience", "every role says the same of the same rollouts, wherever it is", experience_rows),
+    ("losses", "so do the losses of all optimizer steps, of actor and critic", loss_rows),
+    (
+      "parameters", f"after {_STEPS} steps actor and critic have the same parameters",
+      lambda got, expected, name: parameter_rows(got, expected, model, name),
+    ),
+  )  # fmt: skip
+  tiers = []
+  for kind, proves, rows_of in kinds:
+    for pair, results in found.items():
+      rows = []
+      for (i, strategy), got in zip(asked, results, strict=True):
+        rows += rows_of(got, alone[i], f"{recorded[i].name}, {strategy}")
+      tiers.append(Tier(kind, proves, pair, rows, seconds[pair] if kind == "experience" else 0.0))
+  return Suite("placement", tiers)
