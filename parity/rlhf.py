@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import RLConfig, Role, RunConfig, require
+from configs.schema import RLConfig, Role, RunConfig, Strategy, require
 from ring_jax.records import Rollout
+from sharding.placement import Placement
 
 Tree = Mapping[str, Any]
 Minibatches = list[list[Rollout]]
@@ -26,6 +27,7 @@ Minibatches = list[list[Rollout]]
 # Fields of `Steps.experience`, in the order of computation.
 EXPERIENCE = ("logp_rollout", "logp_old", "logp_ref", "values", "scores", "advantages", "returns")
 LEARNERS = (Role.ACTOR, Role.CRITIC)
+STRATEGIES = (Strategy.COLOCATED, Strategy.INTERLEAVING, Strategy.DISAGGREGATED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,3 +73,23 @@ def flat(minibatches: Sequence[Mapping[str, Sequence[Any] | None]]) -> dict[str,
     if values:
       found[name] = np.concatenate([np.atleast_1d(np.asarray(value, np.float32)) for value in values])
   return found
+
+
+def placement_of(strategy: Strategy, devices: Sequence[Any], config: RLConfig) -> Placement:
+  """Of either path: devices are ranks or `jax.devices()`."""
+  roles = config.roles
+  match strategy:
+    case Strategy.COLOCATED:
+      return Placement.colocated(devices, roles)
+    case Strategy.INTERLEAVING:
+      return Placement.interleaving(devices, roles)
+    case _:
+      # Half of the devices train the actor; the critic, where there is one, has half of the others.
+      shares = {Role.ACTOR: 2, Role.CRITIC: 1, Role.ROLLOUT: 1 if Role.CRITIC in roles else 2}
+      return Placement.disaggregated(devices, roles, {role: share for role, share in shares.items() if role in roles})
+
+
+def strategies_of(config: RLConfig) -> list[Strategy]:
+  """Interleaving is for a reference beside a reward model."""
+  pair = config.roles >= {Role.REFERENCE, Role.REWARD}
+  return [strategy for strategy in STRATEGIES if pair or strategy is not Strategy.INTERLEAVING]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import Advantage, IcePopConfig, PPOConfig, Reward, RewardModelConfig, RLConfig, Role, Strategy
+from configs.schema import Advantage, IcePopConfig, PPOConfig, Reward, RewardModelConfig, RLConfig, Role
 from parity import cases, rlhf
 from parity.cases import Case
 from parity.compare import Row, Suite, Tier, compare
@@ -24,18 +24,23 @@ from parity.rlhf import RLHFCase, Steps
 from parity.suites import objective, placement_jax
 from parity.torch_twin import placed, ppo, step, weights
 from ring_jax.records import Rollout
-from sharding.placement import Placement
 
 # Tolerances, relative to the largest value of a field: of the whole phase, since rewards of tokens may all be small.
 # Log-probs, values and scores have a scale of their own: 1.
 EXPERIENCE, LOSSES, PARAMETERS = 2e-5, 1e-5, 1e-6
 RANKS = 4
-STRATEGIES = (Strategy.COLOCATED, Strategy.INTERLEAVING, Strategy.DISAGGREGATED)
 TORCH, JAX = "PyTorch placed against alone", "JAX against PyTorch"
+# Dense and sparse layers, and an MTP layer, which no role uses and only the actor has.
+MODEL = Case(
+  "placement",
+  dataclasses.replace(
+    cases.QUICK[2].config, hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, intermediate_size=40,
+    num_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16,
+  ),
+  bias_shift=-3.0,
+  seed=11,
+)  # fmt: skip
 _STEPS, _MINIBATCHES, _ROLLOUTS = 3, 2, 8
-_ROLES = frozenset(Role) - {Role.SHADOW_CRITIC}
-# Half of the ranks train the actor; the critic trains beside it, and the last ranks judge.
-_SHARES = {Role.ACTOR: 0.5, Role.CRITIC: 0.25, Role.ROLLOUT: 0.25}
 
 # As `objective.FAST`, but twice as many steps add up.
 _ADAMW = dataclasses.replace(objective.FAST, eps=1e-5)
@@ -58,24 +63,6 @@ FULL = (
 )  # fmt: skip
 
 Placed = Callable[[Sequence[placed.Job]], list[Steps]]
-
-
-def placement_of(strategy: Strategy, devices: Sequence[Any], config: RLConfig) -> Placement:
-  """Of either path: devices are ranks or `jax.devices()`."""
-  roles = _ROLES & config.roles
-  match strategy:
-    case Strategy.COLOCATED:
-      return Placement.colocated(devices, roles)
-    case Strategy.INTERLEAVING:
-      return Placement.interleaving(devices, roles)
-    case _:
-      return Placement.disaggregated(devices, roles, {role: s for role, s in _SHARES.items() if role in roles})
-
-
-def strategies_of(config: RLConfig) -> list[Strategy]:
-  """Interleaving is for a reference beside a reward model."""
-  pair = config.roles >= {Role.REFERENCE, Role.REWARD}
-  return [strategy for strategy in STRATEGIES if pair or strategy is not Strategy.INTERLEAVING]
 
 
 def record(model: Case, name: str, config: RLConfig, seed: int = 0) -> RLHFCase:
@@ -156,13 +143,12 @@ def run(quick: bool = True, run_placed: Placed = placed.run) -> Suite:
     quick: the phases that CI needs.
     run_placed: how the twin runs across processes.
   """
-  model = cases.QUICK[2]
-  recorded = [record(model, name, config, 100 * i) for i, (name, config) in enumerate(QUICK if quick else FULL)]
+  recorded = [record(MODEL, name, config, 100 * i) for i, (name, config) in enumerate(QUICK if quick else FULL)]
   alone = [ppo.run_alone(case) for case in recorded]
-  asked = [(i, strategy) for i, case in enumerate(recorded) for strategy in strategies_of(case.phase)]
+  asked = [(i, strategy) for i, case in enumerate(recorded) for strategy in rlhf.strategies_of(case.phase)]
   begin = time.perf_counter()
   found = {TORCH: run_placed(
-    [placed.Job(recorded[i], placement_of(strategy, range(RANKS), recorded[i].phase)) for i, strategy in asked]
+    [placed.Job(recorded[i], rlhf.placement_of(strategy, range(RANKS), recorded[i].phase)) for i, strategy in asked]
   )}  # fmt: skip
   middle = time.perf_counter()
   found[JAX] = placement_jax.run([(strategy, recorded[i]) for i, strategy in asked])
@@ -172,7 +158,7 @@ def run(quick: bool = True, run_placed: Placed = placed.run) -> Suite:
     ("losses", "so do the losses of all optimizer steps, of actor and critic", loss_rows),
     (
       "parameters", f"after {_STEPS} steps actor and critic have the same parameters",
-      lambda got, expected, name: parameter_rows(got, expected, model, name),
+      lambda got, expected, name: parameter_rows(got, expected, MODEL, name),
     ),
   )  # fmt: skip
   tiers = []
