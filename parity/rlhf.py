@@ -62,6 +62,7 @@ class Steps:
 
   experience: list[dict[str, np.ndarray]]  # of each step: float32, flat, one minibatch and rollout after the other
   losses: dict[Role, list[float]]  # of each optimizer step
+  norms: dict[Role, list[float]]  # likewise: of the gradient, before clipping
   params: dict[Role, Tree]  # at the end
 
 

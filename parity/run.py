@@ -24,7 +24,7 @@ from parity.compare import Suite
 from ring_jax.launch import app
 
 FLAGS = flags.FLAGS
-SUITES = ("model", "objective", "engine", "step")
+SUITES = ("model", "objective", "placement", "engine", "step")
 _WITH_VLLM = ("engine", "step")
 
 

@@ -81,7 +81,8 @@ def jax_steps(strategy: Strategy, case: RLHFCase) -> Steps:
   """All steps of a case under a placement of all devices."""
   phase = _Phase(case, rlhf.placement_of(strategy, jax.devices(), case.phase))
   experience = [phase.step(minibatches) for minibatches in case.steps]
-  return Steps(experience, phase.losses, {role: jax.device_get(phase.models[role].params) for role in phase.losses})
+  params = {role: jax.device_get(phase.models[role].params) for role in phase.losses}
+  return Steps(experience, phase.losses, phase.norms, params)
 
 
 class _Programs:
@@ -103,7 +104,7 @@ class _Programs:
   def _update(self, params, state, batch):
     loss, gradients = jax.value_and_grad(self._loss_of)(params, batch)
     updates, state = self._adamw.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss
+    return optax.apply_updates(params, updates), state, loss, optax.global_norm(gradients)
 
   def _hidden(self, trunk, batch):
     out = forward(self._config, trunk, batch["tokens"], segment_ids_BxT=batch["segments"], mtp=False)
@@ -174,11 +175,12 @@ class _Model:
     """[R, T]: log-probs of the next tokens, or values."""
     return np.asarray(self._programs.say(self.params, batch))
 
-  def train(self, batch: dict[str, np.ndarray]) -> float:
+  def train(self, batch: dict[str, np.ndarray]) -> tuple[float, float]:
+    """(loss, norm of the gradient)."""
     if self._state is None:
       self._state = self._programs.init(self.params)
-    self.params, self._state, loss = self._programs.update(self.params, self._state, batch)
-    return float(loss)
+    self.params, self._state, loss, norm = self._programs.update(self.params, self._state, batch)
+    return float(loss), float(norm)
 
 
 class _Phase:
@@ -186,7 +188,7 @@ class _Phase:
     self._config, roles = case.phase, placement.roles
     begins_as = {Role.ROLLOUT: Role.ACTOR, Role.REFERENCE: Role.ACTOR, Role.SHADOW_CRITIC: Role.CRITIC}
     self.models = {role: _Model(case, placement, role, case.params[begins_as.get(role, role)]) for role in roles}
-    self.losses: dict[Role, list[float]] = {role: [] for role in rlhf.LEARNERS if role in roles}
+    self.losses, self.norms = ({role: [] for role in rlhf.LEARNERS if role in roles} for _ in range(2))
     self._critic = Role.SHADOW_CRITIC if Role.SHADOW_CRITIC in roles else Role.CRITIC
     minibatches = [rollouts for step in case.steps for rollouts in step]
     longest = max(len(rollout.prompt) + rollout.length for rollouts in minibatches for rollout in rollouts)
@@ -254,7 +256,9 @@ class _Phase:
     del own["scores"]
     batch = self._batch(rollouts, own)
     for role, losses in self.losses.items():
-      losses.append(self.models[role].train(batch))
+      loss, norm = self.models[role].train(batch)
+      losses.append(loss)
+      self.norms[role].append(norm)
 
 
 def _weights(fields: dict[str, Any], config: RLConfig) -> list[np.ndarray]:

@@ -85,22 +85,22 @@ def _process(rank: int, world: int, folder: str) -> None:
   for number, job in enumerate(pickle.loads((pathlib.Path(folder) / "jobs").read_bytes())):
     worker = Worker(job, rank, device)
     experience = [worker.step(version) for version in range(len(job.case.steps))]
-    found = {"experience": experience, "losses": worker.losses, "params": worker.params()}
+    found = {"experience": experience, "losses": worker.losses, "norms": worker.norms, "params": worker.params()}
     (pathlib.Path(folder) / f"{number}.{rank}").write_bytes(pickle.dumps(found))
   dist.barrier()
   dist.destroy_process_group()
 
 
 def _merged(folder: pathlib.Path, number: int) -> Steps:
-  """What the ranks left behind: the experience is everybody's, losses and parameters are their first rank's."""
+  """What the ranks left behind: the experience is everybody's, parameters are their first rank's."""
   files = sorted(folder.glob(f"{number}.*"), key=lambda file: int(file.suffix[1:]))
   found = [pickle.loads(file.read_bytes()) for file in files]
   for rank, one in enumerate(found[1:], 1):
     for version, (own, first) in enumerate(zip(one["experience"], found[0]["experience"], strict=True)):
       if any(not np.array_equal(own[name], first[name], equal_nan=True) for name in first):
         raise VersionError(f"step {version}: ranks 0 and {rank} computed different experience")
-  losses, params = ({k: v for one in found for k, v in one[name].items()} for name in ("losses", "params"))
-  return Steps(found[0]["experience"], losses, params)
+  by_role = ({role: v for one in found for role, v in one[name].items()} for name in ("losses", "norms", "params"))
+  return Steps(found[0]["experience"], *by_role)
 
 
 class Worker:
@@ -124,7 +124,7 @@ class Worker:
       )
       for role in rlhf.LEARNERS if role in self._models
     }  # fmt: skip
-    self.losses: dict[Role, list[float]] = {role: [] for role in self._optimizers}
+    self.losses, self.norms = ({role: [] for role in self._optimizers} for _ in range(2))
 
   def _needed(self, role: Role) -> bool:
     return _SHADOWS.get(role, role) in self._config.roles
@@ -237,7 +237,7 @@ class Worker:
 
   def _update(self, role: Role, loss: float) -> None:
     self.losses[role].append(self._parts[role].total(loss))
-    self._optimizers[role].step()
+    self.norms[role].append(self._optimizers[role].step())
 
 
 def _blank(like: Any) -> Any:

@@ -198,9 +198,11 @@ def run_alone(case: RLHFCase, rows: int = 5) -> Steps:
     role: step.TwinOptimizer(models[role], optimizer_config(role, config), case.optimizer_steps)
     for role in rlhf.LEARNERS if role in config.roles
   }  # fmt: skip
-  losses: dict[Role, list[float]] = {role: [] for role in optimizers}
-  experience = [rl_step(models, optimizers, part, config, scorer_of(case, rows), losses) for part in case.steps]
-  return Steps(experience, losses, {role: weights.params_of(models[role]) for role in optimizers})
+  losses, norms = ({role: [] for role in optimizers} for _ in range(2))
+  experience = []
+  for minibatches in case.steps:
+    experience.append(rl_step(models, optimizers, minibatches, config, scorer_of(case, rows), losses, norms))
+  return Steps(experience, losses, norms, {role: weights.params_of(models[role]) for role in optimizers})
 
 
 def rl_step(
@@ -210,8 +212,9 @@ def rl_step(
   config: RLConfig,
   scorer: Scorer,
   losses: Mapping[Role, list[float]],
+  norms: Mapping[Role, list[float]],
 ) -> dict[str, np.ndarray]:
-  """One step; returns its experience and appends to `losses`."""
+  """One step; returns its experience and appends to `losses` and `norms`."""
   actor, critic = models[Role.ACTOR], models.get(Role.CRITIC)
   judged: list[dict[str, list[Any]]] = []
   for rollouts in minibatches:
@@ -235,9 +238,9 @@ def rl_step(
       continue
     totals = step.totals_of(lessons, config.objective)
     losses[Role.ACTOR].append(step.actor_gradients(actor, lessons, totals, config.objective, scorer)[0])
-    optimizers[Role.ACTOR].step()
+    norms[Role.ACTOR].append(optimizers[Role.ACTOR].step())
     if Role.CRITIC in config.roles:
       valued, tokens = critic_lessons(rollouts, experience), answer_tokens(rollouts)
       losses[Role.CRITIC].append(critic_gradients(critic, valued, tokens, config.ppo, scorer.rows))
-      optimizers[Role.CRITIC].step()
+      norms[Role.CRITIC].append(optimizers[Role.CRITIC].step())
   return rlhf.flat(done)
