@@ -25,7 +25,7 @@ Tree = Mapping[str, Any]
 Minibatches = list[list[Rollout]]
 
 # Fields of `Steps.experience`, in the order of computation.
-EXPERIENCE = ("logp_rollout", "logp_old", "logp_ref", "values", "scores", "advantages", "returns")
+EXPERIENCE = ("logp_infer", "logp_rollout", "logp_old", "logp_ref", "values", "scores", "advantages", "returns")
 LEARNERS = (Role.ACTOR, Role.CRITIC)
 STRATEGIES = (Strategy.COLOCATED, Strategy.INTERLEAVING, Strategy.DISAGGREGATED)
 
@@ -60,6 +60,7 @@ class RLHFCase:
 class Steps:
   """What the steps gave."""
 
+  rollouts: list[Minibatches]  # of each step: what was trained on
   experience: list[dict[str, np.ndarray]]  # of each step: float32, flat, one minibatch and rollout after the other
   losses: dict[Role, list[float]]  # of each optimizer step
   norms: dict[Role, list[float]]  # likewise: of the gradient, before clipping

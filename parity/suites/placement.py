@@ -7,6 +7,8 @@ disaggregated.  Both read the same `Placement`, one with ranks for devices.
 Two phases: IcePop with group-relative advantages of a reward model's scores, and with those of a critic (GAE).  Both have
 a reference and a reward model, as interleaving needs, several minibatches a step, and sampled log-probs of which some are
 out of IcePop's band.
+
+On request a third phase has vLLM as the shadow actor of the disaggregated placement: it draws the rollouts of every step.
 """
 
 import dataclasses
@@ -16,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import Advantage, IcePopConfig, PPOConfig, Reward, RewardModelConfig, RLConfig, Role
+from configs.schema import Advantage, IcePopConfig, PPOConfig, Reward, RewardModelConfig, RLConfig, Role, Strategy
 from parity import cases, rlhf
 from parity.cases import Case
 from parity.compare import Row, Suite, Tier, compare
 from parity.rlhf import RLHFCase, Steps
-from parity.suites import objective, placement_jax
+from parity.suites import engine, objective, placement_jax
 from parity.torch_twin import placed, ppo, step, weights
+from parity.vllm.runner import Sampling
+from parity.vllm.shadow import ShadowActor
 from ring_jax.records import Rollout
 
 # Tolerances, relative to the largest value of a field: of the whole phase, since rewards of tokens may all be small.
@@ -102,7 +106,7 @@ def _renumbered(rollout: Rollout, first: int) -> Rollout:
 # Comparison
 
 
-def experience_rows(got: Steps, expected: Steps, name: str) -> list[Row]:
+def experience_rows(got: Steps, expected: Steps, _: Case, name: str) -> list[Row]:
   rows = []
   for version, (own, other) in enumerate(zip(got.experience, expected.experience, strict=True)):
     for field in rlhf.EXPERIENCE:
@@ -114,7 +118,7 @@ def experience_rows(got: Steps, expected: Steps, name: str) -> list[Row]:
   return rows
 
 
-def loss_rows(got: Steps, expected: Steps, name: str) -> list[Row]:
+def loss_rows(got: Steps, expected: Steps, _: Case, name: str) -> list[Row]:
   """Norms show what neither AdamW nor clipping lets through: a gradient averaged over ranks, which should be a sum."""
   # The actor's loss is a sum of terms the size of an advantage, which may cancel.
   scales = {Role.ACTOR: float(np.mean([np.abs(one["advantages"]).mean() for one in expected.experience]))}
@@ -139,12 +143,26 @@ def parameter_rows(got: Steps, expected: Steps, model: Case, name: str) -> list[
   return rows
 
 
-def run(quick: bool = True, run_placed: Placed = placed.run) -> Suite:
+def run(quick: bool = True, interpreter: str | None = None, vllm_draws: bool = False) -> Suite:
   """All tiers.
 
   Args:
     quick: the phases that CI needs.
-    run_placed: how the twin runs across processes.
+    interpreter: the Python that has vLLM; default: this one.
+    vllm_draws: whether to run one more phase, whose rollouts vLLM draws.
+
+  Raises:
+    VLLMError: vLLM is not there, or does not hold the trainer's weights.
+  """
+  suite = Suite("placement", recorded_tiers(quick))
+  if vllm_draws:
+    suite.tiers += vllm_tiers(interpreter)
+  return suite
+
+
+def recorded_tiers(quick: bool, run_placed: Placed = placed.run) -> list[Tier]:
+  """Args:
+  run_placed: how the twin runs across processes.
   """
   recorded = [record(MODEL, name, config, 100 * i) for i, (name, config) in enumerate(QUICK if quick else FULL)]
   alone = [ppo.run_alone(case) for case in recorded]
@@ -158,17 +176,46 @@ def run(quick: bool = True, run_placed: Placed = placed.run) -> Suite:
   seconds = {TORCH: middle - begin, JAX: time.perf_counter() - middle}
   kinds = (
     ("experience", "every role says the same of the same rollouts, wherever it is", experience_rows),
-    ("losses", "so do the losses of all optimizer steps, of actor and critic", loss_rows),
-    (
-      "parameters", f"after {_STEPS} steps actor and critic have the same parameters",
-      lambda got, expected, name: parameter_rows(got, expected, MODEL, name),
-    ),
-  )  # fmt: skip
+    ("losses", "all optimizer steps of actor and critic have the same losses and gradient norms", loss_rows),
+    ("parameters", f"after {_STEPS} steps actor and critic have the same parameters", parameter_rows),
+  )
   tiers = []
   for kind, proves, rows_of in kinds:
     for pair, results in found.items():
       rows = []
       for (i, strategy), got in zip(asked, results, strict=True):
-        rows += rows_of(got, alone[i], f"{recorded[i].name}, {strategy}")
+        rows += rows_of(got, alone[i], MODEL, f"{recorded[i].name}, {strategy}")
       tiers.append(Tier(kind, proves, pair, rows, seconds[pair] if kind == "experience" else 0.0))
-  return Suite("placement", tiers)
+  return tiers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vLLM draws
+
+
+def vllm_tiers(interpreter: str | None, steps: int = 2) -> list[Tier]:
+  """vLLM as the shadow actor of the disaggregated placement; then its rollouts replayed in one process."""
+  begin = time.perf_counter()
+  model, config = Case("vLLM draws", engine.MODEL, seed=4), FULL[-1][1]
+  run = objective.run_config(model, objective.QUICK[0])
+  run = dataclasses.replace(run, name=model.name, rlhf=config)
+  params = {Role.ACTOR: cases.random_params(model.config, model.seed)}
+  case = RLHFCase(model.name, run, params, [[[]]] * steps, np.ones(model.config.vocab_size, bool))
+  prompts = [engine.random_prompts(model.config, 4, seed=version) for version in range(steps)]
+  sampling = Sampling(max_tokens=8, n=4, temperature=run.rollout.temperature)
+  draw = ShadowActor(model.config, prompts, sampling, engine.verify, interpreter)
+  placement = rlhf.placement_of(Strategy.DISAGGREGATED, range(RANKS), config)
+  (found,) = placed.run([placed.Job(case, placement, draw=draw)])
+  drawn = [
+    compare(f"vLLM's log-probs of step {version}", one["logp_infer"], one["logp_old"],
+            tolerance=engine.VLLM_TOLERANCE, case=model.name, scale=1.0)
+    for version, one in enumerate(found.experience)
+  ]  # fmt: skip
+  seconds = time.perf_counter() - begin
+  alone = ppo.run_alone(dataclasses.replace(case, steps=found.rollouts))
+  same = [*loss_rows(found, alone, model, model.name), *parameter_rows(found, alone, model, model.name)]
+  proves = "what vLLM draws in each step comes from the weights that crossed to it"
+  return [
+    Tier("shadow actor", proves, "vLLM against trainer", drawn, seconds),
+    Tier("shadow actor parameters", "and trains the same way in one process", TORCH, same),
+  ]

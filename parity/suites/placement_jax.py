@@ -82,7 +82,7 @@ def jax_steps(strategy: Strategy, case: RLHFCase) -> Steps:
   phase = _Phase(case, rlhf.placement_of(strategy, jax.devices(), case.phase))
   experience = [phase.step(minibatches) for minibatches in case.steps]
   params = {role: jax.device_get(phase.models[role].params) for role in phase.losses}
-  return Steps(experience, phase.losses, phase.norms, params)
+  return Steps(case.steps, experience, phase.losses, phase.norms, params)
 
 
 class _Programs:
@@ -129,7 +129,7 @@ class _Programs:
     return jnp.einsum("rtd,d->rt", hidden_RxTxD, params["head"]["kernel"]) + params["head"]["bias"]
 
   def _policy_loss(self, params, batch):
-    names = ("logp_old", "logps", "advantages", "mask", "weights", "logp_ref")
+    names = ("logp_old", "logp_infer", "advantages", "mask", "weights", "logp_ref")
     old, infer, gain, mask, weights, ref = (self._field(batch[name]).reshape(-1) for name in names)
     return policy_loss(
       *self._head(params, batch), old, infer, gain, mask, self._loss,
@@ -209,6 +209,7 @@ class _Phase:
   def _judge(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
     asked = {"logp_rollout": Role.ROLLOUT, "logp_old": Role.ACTOR, "logp_ref": Role.REFERENCE, "values": self._critic}
     fields = {name: self._ask(role, rollouts) for name, role in asked.items() if role in self.models}
+    fields["logp_infer"] = [np.asarray(rollout.logps, np.float32) for rollout in rollouts]
     if self._config.reward is Reward.MODEL:
       fields["scores"] = self._ask(Role.REWARD, rollouts, last=True)
     else:
@@ -249,7 +250,6 @@ class _Phase:
     chosen = np.flatnonzero(trained)
     own = {name: [values[i] for i in chosen] for name, values in fields.items()}
     rollouts = [rollouts[i] for i in chosen]
-    own["logps"] = [np.asarray(rollout.logps, np.float32) for rollout in rollouts]
     own["mask"] = [np.ones(rollout.length) for rollout in rollouts]
     own["weights"] = _weights(own, config)
     own.setdefault("logp_ref", own["logp_old"])
@@ -265,7 +265,7 @@ def _weights(fields: dict[str, Any], config: RLConfig) -> list[np.ndarray]:
   """[n] of each rollout: what a token of it weighs in its minibatch."""
   icepop, counted = config.objective, fields["mask"]
   if icepop.denominator is Denominator.KEPT:
-    counted = [calibrate(old, old, infer, icepop).kept for old, infer in zip(fields["logp_old"], fields["logps"])]  # noqa: B905
+    counted = [calibrate(old, old, infer, icepop).kept for old, infer in zip(fields["logp_old"], fields["logp_infer"])]  # noqa: B905
   sizes = [int(one.sum()) for one in counted]
   each = [sequence_weight(size, len(sizes), sum(sizes), icepop) for size in sizes]
   return [np.full(len(mask), weight) for mask, weight in zip(fields["mask"], each, strict=True)]

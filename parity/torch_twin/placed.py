@@ -14,13 +14,14 @@ same time and roles on the same ranks take turns (papers.md 2.3, 2.4).  A step:
 The maths is `ppo.py`'s; what is added is who does what.  The result must not depend on the placement.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,8 +39,13 @@ from sharding.placement import Placement
 _SHADOWS = {Role.ROLLOUT: Role.ACTOR, Role.SHADOW_CRITIC: Role.CRITIC}  # whose weights they work with
 _BEGINS_AS = {**_SHADOWS, Role.REFERENCE: Role.ACTOR}
 
-# Draws the rollouts of a step, on the first rank of the shadow actor: (its parameters, version) -> minibatches.
-Draw = Callable[[Mapping[str, Any], int], rlhf.Minibatches]
+
+class Draw(Protocol):
+  """A source of rollouts, in the process of the shadow actor's first rank; must be picklable."""
+
+  def draw(self, params: Mapping[str, Any], version: int) -> rlhf.Minibatches: ...
+
+  def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Job:
   case: RLHFCase
   placement: Placement
   rows: int = 5  # sequences of one forward pass
-  draw: Draw | None = None  # in place of the case's own rollouts; must be picklable
+  draw: Draw | None = None  # in place of the case's own rollouts; of these only the number of steps is then read
 
   def __post_init__(self):
     ranks, roles = self.placement.devices, self.placement.parts.keys()
@@ -84,8 +90,10 @@ def _process(rank: int, world: int, folder: str) -> None:
   dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
   for number, job in enumerate(pickle.loads((pathlib.Path(folder) / "jobs").read_bytes())):
     worker = Worker(job, rank, device)
-    experience = [worker.step(version) for version in range(len(job.case.steps))]
-    found = {"experience": experience, "losses": worker.losses, "norms": worker.norms, "params": worker.params()}
+    with contextlib.closing(worker):
+      experience = [worker.step(version) for version in range(len(job.case.steps))]
+    found = {"rollouts": worker.rollouts, "experience": experience, "losses": worker.losses, "norms": worker.norms}
+    found["params"] = worker.params()
     (pathlib.Path(folder) / f"{number}.{rank}").write_bytes(pickle.dumps(found))
   dist.barrier()
   dist.destroy_process_group()
@@ -100,7 +108,7 @@ def _merged(folder: pathlib.Path, number: int) -> Steps:
       if any(not np.array_equal(own[name], first[name], equal_nan=True) for name in first):
         raise VersionError(f"step {version}: ranks 0 and {rank} computed different experience")
   by_role = ({role: v for one in found for role, v in one[name].items()} for name in ("losses", "norms", "params"))
-  return Steps(found[0]["experience"], *by_role)
+  return Steps(found[0]["rollouts"], found[0]["experience"], *by_role)
 
 
 class Worker:
@@ -125,6 +133,7 @@ class Worker:
       for role in rlhf.LEARNERS if role in self._models
     }  # fmt: skip
     self.losses, self.norms = ({role: [] for role in self._optimizers} for _ in range(2))
+    self.rollouts: list[rlhf.Minibatches] = []
 
   def _needed(self, role: Role) -> bool:
     return _SHADOWS.get(role, role) in self._config.roles
@@ -132,6 +141,10 @@ class Worker:
   def _build(self, role: Role) -> Any:
     case = self._job.case
     return sharded.build(case.run.model, case.params[_BEGINS_AS.get(role, role)], self._parts[role])
+
+  def close(self) -> None:
+    if self._job.draw is not None:
+      self._job.draw.close()
 
   def params(self) -> dict[Role, Any]:
     """Of the models that train and whose first rank this is."""
@@ -146,6 +159,7 @@ class Worker:
       if given is not None or own is not None:
         self._versions[shadow] = bridge.cross(given, own, self._versions[source])
     minibatches = self._rollouts(version)
+    self.rollouts.append(minibatches)
     judged = self._judge(minibatches, version)
     done = []
     for rollouts, fields in zip(minibatches, judged, strict=True):
@@ -165,7 +179,7 @@ class Worker:
     if part.inside:
       params = sharded.params_of(self._models[Role.ROLLOUT])
       if part.leads:
-        drawn = [self._job.draw(params, version)]
+        drawn = [self._job.draw.draw(params, version)]
     dist.broadcast_object_list(drawn, part.ranks[0])
     return drawn[0]
 

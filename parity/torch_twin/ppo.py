@@ -94,7 +94,7 @@ def experience_of(rollouts: Sequence[Rollout], judged: Mapping[str, list[Any]], 
   Raises:
     ConfigError: scores from the verifier, and a rollout without one.
   """
-  fields = dict(judged)
+  fields = {"logp_infer": [rollout.logps for rollout in rollouts], **judged}
   if config.reward is Reward.VERIFIER:
     unscored = [rollout.uid for rollout in rollouts if rollout.reward is None]
     if unscored:
@@ -202,7 +202,7 @@ def run_alone(case: RLHFCase, rows: int = 5) -> Steps:
   experience = []
   for minibatches in case.steps:
     experience.append(rl_step(models, optimizers, minibatches, config, scorer_of(case, rows), losses, norms))
-  return Steps(experience, losses, norms, {role: weights.params_of(models[role]) for role in optimizers})
+  return Steps(case.steps, experience, losses, norms, {role: weights.params_of(models[role]) for role in optimizers})
 
 
 def rl_step(
