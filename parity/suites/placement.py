@@ -39,7 +39,7 @@ MODEL = Case(
   "placement",
   dataclasses.replace(
     cases.QUICK[2].config, hidden_size=32, num_hidden_layers=2, first_k_dense_replace=1, intermediate_size=40,
-    num_experts=8, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16,
+    num_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, moe_intermediate_size=16,
   ),
   bias_shift=-3.0,
   seed=11,
