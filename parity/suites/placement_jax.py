@@ -265,7 +265,8 @@ def _weights(fields: dict[str, Any], config: RLConfig) -> list[np.ndarray]:
   """[n] of each rollout: what a token of it weighs in its minibatch."""
   icepop, counted = config.objective, fields["mask"]
   if icepop.denominator is Denominator.KEPT:
-    counted = [calibrate(old, old, infer, icepop).kept for old, infer in zip(fields["logp_old"], fields["logp_infer"])]  # noqa: B905
+    pairs = zip(fields["logp_old"], fields["logp_infer"], strict=True)
+    counted = [calibrate(old, old, infer, icepop).kept for old, infer in pairs]
   sizes = [int(one.sum()) for one in counted]
   each = [sequence_weight(size, len(sizes), sum(sizes), icepop) for size in sizes]
   return [np.full(len(mask), weight) for mask, weight in zip(fields["mask"], each, strict=True)]

@@ -115,7 +115,7 @@ class Worker:
   """One rank of one job."""
 
   def __init__(self, job: Job, rank: int, device: torch.device):
-    self._job, self._config, self._device = job, job.case.phase, device
+    self._job, self._config = job, job.case.phase
     self._scorer = ppo.scorer_of(job.case, job.rows)
     groups = _Groups(rank)
     parts = {role: tuple(job.placement.devices_of(role)) for role in job.placement.roles if self._needed(role)}
