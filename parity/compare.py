@@ -108,7 +108,7 @@ def compare(
     finite = np.abs(expected[np.isfinite(expected)])
     scale = max(float(finite.max(initial=0.0)), 1e-6)
   with np.errstate(invalid="ignore"):
-    difference = np.abs(got - expected) / scale
+    difference = np.asarray(np.abs(got - expected) / scale)  # of two numbers NumPy makes a number
   difference[(got == expected) | (np.isnan(got) & np.isnan(expected))] = 0.0  # infinities of one sign agree
   difference[np.isnan(difference)] = math.inf
   if not difference.size:

@@ -2,13 +2,14 @@
 
     python -m parity.run --suite=all --report=parity_report
     python -m parity.run --suite=model --json
+    python -m parity.run --suite=placement --vllm_draws
     python -m parity.run --suite=engine --vllm_python=/opt/vllm/bin/python
 
 Suites, in the order in which a difference would arise: model (router to log-probs), objective (loss, gradients, parameters
-after optimizer steps), engine (the rollout engine and vLLM against the trainer), step (an RL step from vLLM's rollouts, in
-PyTorch and in JAX).  Exit status: 0 all within tolerance, 1 a
-tier is not (its first differing tensor is printed), 2 a mistake in the command.  --report writes report.json and
-report.html, a page that needs no server.
+after optimizer steps), placement (RLHF under every strategy, with its roles on processes in PyTorch and on devices in
+JAX), engine (the rollout engine and vLLM against the trainer), step (an RL step from vLLM's rollouts, in PyTorch and in
+JAX).  Exit status: 0 all within tolerance, 1 a tier is not (its first differing tensor is printed), 2 a mistake in the
+command.  --report writes report.json and report.html, a page that needs no server.
 """
 
 import importlib
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -24,21 +26,24 @@ from parity.compare import Suite
 from ring_jax.launch import app
 
 FLAGS = flags.FLAGS
-SUITES = ("model", "objective", "engine", "step")
-_WITH_VLLM = ("engine", "step")
+SUITES = ("model", "objective", "placement", "engine", "step")
+_WITH_VLLM = ("placement", "engine", "step")
 
 
 def define_flags() -> None:
   flags.DEFINE_enum("suite", "all", [*SUITES, "all"], "What to check.")
   flags.DEFINE_bool("full", False, "More and larger cases than CI needs.")
+  flags.DEFINE_bool("vllm_draws", False, "In the placement suite one more phase, with vLLM as the shadow actor.")
   flags.DEFINE_string("vllm_python", None, "The interpreter that has vLLM; default: this one.")
   flags.DEFINE_string("report", None, "Folder for report.json and report.html.")
   flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
-def run_suite(name: str, full: bool, vllm_python: str | None) -> Suite:
+def run_suite(name: str, full: bool, vllm_python: str | None, vllm_draws: bool = False) -> Suite:
   module = importlib.import_module(f"parity.suites.{name}")
-  options = {"interpreter": vllm_python} if name in _WITH_VLLM else {}
+  options: dict[str, Any] = {"interpreter": vllm_python} if name in _WITH_VLLM else {}
+  if name == "placement":
+    options["vllm_draws"] = vllm_draws
   return module.run(quick=not full, **options)
 
 
@@ -56,7 +61,7 @@ def versions() -> dict[str, str]:
 def main() -> None:
   suites = []
   for name in SUITES if FLAGS.suite == "all" else (FLAGS.suite,):
-    suites.append(run_suite(name, FLAGS.full, FLAGS.vllm_python))
+    suites.append(run_suite(name, FLAGS.full, FLAGS.vllm_python, FLAGS.vllm_draws))
     if not FLAGS.json:
       print("\n".join(report.lines(suites[-1:])), flush=True)
   if FLAGS.report:

@@ -196,20 +196,24 @@ def vllm_rows(
   ]
 
 
+def verify(rollout: Rollout) -> float:
+  """A verifier that a random model sometimes satisfies: an answer is right if its tokens' sum is even."""
+  return float(sum(rollout.tokens) % 2 == 0)
+
+
 def one_step(
   vllm: VLLM, folder, probe: Probe, config: ModelConfig, groups: int = 4, group_size: int = 4, max_tokens: int = 16,
   seed: int = 0, temperature: float = 1.0, kind: Advantage = Advantage.GRPO,
 ) -> tuple[list[Rollout], np.ndarray]:  # fmt: skip
   """The rollout half of an RL step on the PyTorch/vLLM path: vLLM's rollouts, verified, and their advantages.
 
-  The verifier is one that a random model sometimes satisfies: an answer is right if its tokens' sum is even.
   What comes back can be given to the PyTorch step and to the JAX step alike.
   """
   prompts = random_prompts(config, groups, seed)
   sampling = Sampling(max_tokens=max_tokens, n=group_size, seed=seed, temperature=temperature)
   rollouts = recorded.from_vllm(prompts, vllm.run(folder, probe=probe, prompts=prompts, sampling=sampling).samples)
   for rollout in rollouts:
-    rollout.reward = float(sum(rollout.tokens) % 2 == 0)
+    rollout.reward = verify(rollout)
   rewards, of_group = [rollout.reward for rollout in rollouts], [rollout.group for rollout in rollouts]
   return rollouts, group_advantages(rewards, of_group, kind)
 

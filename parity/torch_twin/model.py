@@ -7,6 +7,7 @@ expert, a loop over experts), so that a mistake in the layout of either side can
     model = RingTwin(config)                     weights of config.param_dtype, activations of config.dtype
     out = model(tokens, positions, segments)     rows of packed sequences -> hidden states
     model.logits(out.hidden_BxTxD)               float32
+    ScalarTwin(config)(tokens, segments)         float32 [B, T]: values of a critic, scores of a reward model
 
 `collect`, a dict, receives what the layers compute, by (layer, name); see `NAMES`.  The MTP layer's number is
 num_hidden_layers.  Router, norm statistics, softmax and rotation are float32 whatever the dtype (float64 in float64).
@@ -15,6 +16,7 @@ Dimension key: B rows, T positions, N = B * T tokens, D hidden, H query heads, K
 E experts, k experts a token, V vocabulary.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -216,10 +218,10 @@ class SparseMLP(nn.Module):
     note("router_ids", ids_Nxk.unflatten(0, x_BxTxD.shape[:2]))
     note("router_weights", weights_Nxk.unflatten(0, x_BxTxD.shape[:2]))
     routed = torch.zeros_like(x_NxD, dtype=weights_Nxk.dtype)
+    # Every expert runs, also on no token: under FSDP all ranks must have gradients of the same parameters.
     for number, expert in enumerate(self.experts):
       token, rank = torch.nonzero((ids_Nxk == number) & real_BxT.flatten()[:, None], as_tuple=True)
-      if len(token):
-        routed = routed.index_add(0, token, expert(x_NxD[token]).to(routed.dtype) * weights_Nxk[token, rank, None])
+      routed = routed.index_add(0, token, expert(x_NxD[token]).to(routed.dtype) * weights_Nxk[token, rank, None])
     return self.combine(routed.to(x_NxD.dtype), x_NxD).view_as(x_BxTxD)
 
 
@@ -269,20 +271,16 @@ class Backbone(nn.Module):
     self.norm = RMSNorm(config.hidden_size, config)
 
 
-class RingTwin(nn.Module):
-  """`BailingMoeV2ForCausalLM`; tensors as in its checkpoint."""
+class Trunk(nn.Module):
+  """Everything below the head."""
 
   def __init__(self, config: ModelConfig):
     super().__init__()
     self.config = config
     self.model = Backbone(config)
-    self.lm_head = Linear(config.hidden_size, config.vocab_size, torch_dtype(config.param_dtype))
 
   def embed(self, tokens_BxT: torch.Tensor) -> torch.Tensor:
     return self.model.word_embeddings(tokens_BxT).to(torch_dtype(self.config.dtype))
-
-  def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-    return _wide(self.lm_head(hidden))
 
   def forward(
     self,
@@ -326,3 +324,39 @@ class RingTwin(nn.Module):
     following[:, -1] = 0
     both = torch.cat((layer.enorm(self.embed(following)), layer.hnorm(hidden_BxTxD)), dim=-1)
     return layer.final_layernorm(layer(layer.eh_proj(both), *context))
+
+
+class RingTwin(Trunk):
+  """`BailingMoeV2ForCausalLM`; tensors as in its checkpoint."""
+
+  def __init__(self, config: ModelConfig):
+    super().__init__(config)
+    self.lm_head = Linear(config.hidden_size, config.vocab_size, torch_dtype(config.param_dtype))
+
+  def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    return _wide(self.lm_head(hidden))
+
+
+class ScalarHead(nn.Module):
+  """float32: hidden . weight + bias.  The bias has one dimension, since FSDP2 cuts no scalars."""
+
+  def __init__(self, size: int):
+    super().__init__()
+    self.weight = nn.Parameter(torch.zeros(size))
+    self.bias = nn.Parameter(torch.zeros(1))
+
+  def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    wide = _wide(hidden)
+    return wide @ self.weight.to(wide.dtype) + self.bias.to(wide.dtype)
+
+
+class ScalarTwin(Trunk):
+  """A critic or a reward model: the trunk without MTP layer, and a number a token."""
+
+  def __init__(self, config: ModelConfig):
+    super().__init__(dataclasses.replace(config, num_nextn_predict_layers=0))
+    self.head = ScalarHead(config.hidden_size)
+
+  def forward(self, tokens_BxT: torch.Tensor, segments_BxT: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, T]"""
+    return self.head(super().forward(tokens_BxT, segments_BxT=segments_BxT).hidden_BxTxD)

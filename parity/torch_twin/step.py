@@ -1,36 +1,38 @@
-"""AdamW with warm-up, and one step of RL from recorded rollouts (papers.md 1.2, 1.4).
+"""AdamW with warm-up, and one step of RL with group-relative advantages from recorded rollouts (papers.md 1.2, 1.4).
 
 The step takes what an engine left behind, a list of `Rollout`, and does what the trainer does with it: rollouts are dealt
 into minibatches by the same shuffle, log-probs at theta_old are computed before the first update, and every minibatch
-gives one AdamW step.  It does not pack: one sequence a row, so that packing is checked as well.
+gives one AdamW step.  It does not pack: one sequence a row, so that packing is checked as well.  `ppo.py` builds the step
+of RLHF, with a critic and a reward model, from the same parts.
 
 Dimension key: S sequences, T positions, V vocabulary.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from configs.schema import OptimizerConfig, RLConfig, Schedule
+from configs.schema import IcePopConfig, OptimizerConfig, RLConfig, Schedule
 from parity.torch_twin import objective
-from parity.torch_twin.model import RingTwin
+from parity.torch_twin.model import RingTwin, RMSNorm, Trunk
 from ring_jax.records import Rollout
 
 
 class TwinOptimizer:
   """Global-norm clipping, Adam, decoupled weight decay; norms are not decayed, the selection bias is no parameter."""
 
-  def __init__(self, model: RingTwin, config: OptimizerConfig, total_steps: int):
+  def __init__(self, model: Trunk, config: OptimizerConfig, total_steps: int):
     self._config, self._total_steps, self._done = config, total_steps, 0
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    self._parameters = [*matrices, *norms]
+    norms = [module.weight for module in model.modules() if isinstance(module, RMSNorm)]
+    known = set(map(id, norms))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    self._parameters = [*others, *norms]
     self._adamw = torch.optim.AdamW(
-      [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+      [{"params": others, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}],
       lr=config.learning_rate, betas=(config.b1, config.b2), eps=config.eps, foreach=False,
     )  # fmt: skip
 
@@ -48,7 +50,7 @@ class TwinOptimizer:
     for parameter in self._parameters:
       if parameter.grad is None:  # of a layer the loss does not reach: decay acts on it all the same
         parameter.grad = torch.zeros_like(parameter)
-    norm = torch.stack([parameter.grad.float().square().sum() for parameter in self._parameters]).sum().sqrt()
+    norm = self._sum_of_squares([parameter.grad for parameter in self._parameters]).sqrt()
     if norm >= self._config.grad_clip:
       for parameter in self._parameters:
         parameter.grad.mul_(self._config.grad_clip / norm)
@@ -58,6 +60,9 @@ class TwinOptimizer:
     self._adamw.zero_grad(set_to_none=True)
     self._done += 1
     return norm.item()
+
+  def _sum_of_squares(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,23 +88,29 @@ class Sequences:
   tokens: torch.Tensor
   segments: torch.Tensor  # 1, padding 0
   mask: torch.Tensor  # bool: the position predicts a token of the answer
-  logp_infer: torch.Tensor
-  advantages: torch.Tensor  # [S, 1]
+
+  def spread(self, values: Sequence[Any]) -> torch.Tensor:
+    """Values of each answer (one, or one a token), float32 [S, T], laid out as the mask is; 0 elsewhere."""
+    out = torch.zeros(self.mask.shape, dtype=torch.float32, device=self.mask.device)
+    for row, inside, own in zip(out, self.mask, values, strict=True):
+      row[inside] = torch.as_tensor(own, dtype=torch.float32, device=self.mask.device)
+    return out
+
+  def gather(self, values: torch.Tensor) -> list[np.ndarray]:
+    """The inverse: what stands where the mask is, of each sequence."""
+    return [row[inside].cpu().numpy() for row, inside in zip(values, self.mask, strict=True)]
 
 
-def sequences_of(rollouts: Sequence[Rollout], advantages: Sequence[float], device: Any = "cpu") -> Sequences:
+def sequences_of(rollouts: Sequence[Rollout], device: Any = "cpu") -> Sequences:
   length = max(len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts)
   tokens, segments, mask = (np.zeros((len(rollouts), length), np.int64) for _ in range(3))
-  logp_infer = np.zeros((len(rollouts), length), np.float32)
   for row, rollout in enumerate(rollouts):
     begin, end = len(rollout.prompt), len(rollout.prompt) + len(rollout.tokens)
     tokens[row, :end] = rollout.prompt + rollout.tokens
     segments[row, :end] = 1
     mask[row, begin - 1 : end - 1] = 1
-    logp_infer[row, begin - 1 : end - 1] = rollout.logps
-  advantages_Sx1 = np.asarray(advantages, np.float32)[:, None]
   put = lambda array: torch.from_numpy(array).to(device)  # noqa: E731
-  return Sequences(put(tokens), put(segments), put(mask).bool(), put(logp_infer), put(advantages_Sx1))
+  return Sequences(put(tokens), put(segments), put(mask).bool())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,12 +149,16 @@ def rl_step(
     raise ValueError(f"rl_step: {len(rollouts)} rollouts but {len(advantages)} advantages: one of each")
   scorer = scorer or Scorer()
   logp_old = answer_logps(model, rollouts, scorer)
-  logp_ref = None if reference is None else answer_logps(reference, rollouts, scorer)
+  logp_ref = [None] * len(rollouts) if reference is None else answer_logps(reference, rollouts, scorer)
+  lessons = [Lesson(*fields) for fields in zip(rollouts, advantages, logp_old, logp_ref, strict=True)]
   report = StepReport([], [], logp_old, [np.zeros(0, bool)] * len(rollouts))
   for part in minibatches(len(rollouts), config.minibatches, seed):
-    loss = _accumulate(model, part, rollouts, advantages, config, scorer, logp_old, logp_ref, report.kept)
+    chosen = [lessons[i] for i in part]
+    loss, kept = actor_gradients(model, chosen, totals_of(chosen, config.objective), config.objective, scorer)
     report.losses.append(loss)
     report.norms.append(optimizer.step())
+    for i, inside in zip(part, kept, strict=True):
+      report.kept[i] = inside
   return report
 
 
@@ -156,44 +171,71 @@ def minibatches(count: int, parts: int, seed: Any) -> list[np.ndarray]:
 def answer_logps(model: RingTwin, rollouts: Sequence[Rollout], scorer: Scorer) -> list[np.ndarray]:
   """Log-probs of each rollout's answer."""
   scores, device = [], next(model.parameters()).device
-  for first in range(0, len(rollouts), scorer.rows):
-    chosen = rollouts[first : first + scorer.rows]
-    batch = sequences_of(chosen, [0.0] * len(chosen), device)
+  for chosen in batched(rollouts, scorer.rows):
+    batch = sequences_of(chosen, device)
     with torch.no_grad():
-      logp = scorer(model, batch).logp
-    scores += [row[inside].cpu().numpy() for row, inside in zip(logp, batch.mask, strict=True)]
+      scores += batch.gather(scorer(model, batch).logp)
   return scores
 
 
-def _spread(values: Sequence[np.ndarray], mask: torch.Tensor) -> torch.Tensor:
-  """Values of each sequence's answer, laid out as the mask is."""
-  out = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-  for row, inside, own in zip(out, mask, values, strict=True):
-    row[inside] = torch.as_tensor(own, dtype=torch.float32, device=mask.device)
-  return out
+def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+  for first in range(0, len(items), size):
+    yield items[first : first + size]
 
 
-def _accumulate(model, part, rollouts, advantages, config: RLConfig, scorer, logp_old, logp_ref, kept) -> float:
-  """Gradients of one minibatch; returns its loss.  Writes `kept`."""
-  device, icepop = next(model.parameters()).device, config.objective
-  batches = []
-  for first in range(0, len(part), scorer.rows):
-    chosen = part[first : first + scorer.rows]
-    batch = sequences_of([rollouts[i] for i in chosen], [advantages[i] for i in chosen], device)
-    old = _spread([logp_old[i] for i in chosen], batch.mask)
-    counted = objective.counted_tokens(batch.mask, old, batch.logp_infer, icepop)
-    batches.append((chosen, batch, old, counted))
-  num_tokens = sum(int(counted.sum()) for _, _, _, counted in batches)
-  total = 0.0
-  for chosen, batch, old, counted in batches:
-    weights = objective.weights_of(counted, len(part), num_tokens, icepop)
-    ref = None if logp_ref is None else _spread([logp_ref[i] for i in chosen], batch.mask)
+# ---------------------------------------------------------------------------------------------------------------------
+# The actor's gradient
+
+
+class Lesson(NamedTuple):
+  """One rollout, and what the actor's objective needs of it; arrays have a number a token of the answer."""
+
+  rollout: Rollout
+  advantages: Any  # or one number
+  logp_old: np.ndarray
+  logp_ref: np.ndarray | None
+
+
+class Totals(NamedTuple):
+  """Of a whole minibatch, of which a process may hold a part."""
+
+  sequences: int
+  tokens: int  # those that count
+
+
+def totals_of(lessons: Sequence[Lesson], config: IcePopConfig) -> Totals:
+  tokens = 0
+  for lesson in lessons:
+    old = torch.as_tensor(lesson.logp_old, dtype=torch.float32)
+    infer = torch.as_tensor(lesson.rollout.logps, dtype=torch.float32)
+    tokens += int(objective.counted_tokens(torch.ones_like(infer, dtype=torch.bool), old, infer, config).sum())
+  return Totals(len(lessons), tokens)
+
+
+def actor_gradients(
+  model: RingTwin, lessons: Sequence[Lesson], totals: Totals, config: IcePopConfig, scorer: Scorer
+) -> tuple[float, list[np.ndarray]]:
+  """Adds the gradients of a minibatch, or of a part of one.
+
+  Args:
+    totals: of the whole minibatch: gradients and losses of its parts add up.
+
+  Returns:
+    The loss, and for each rollout which tokens of its answer were inside the band.
+  """
+  device, total, kept = next(model.parameters()).device, 0.0, []
+  for chosen in batched(lessons, scorer.rows):
+    rollouts, advantages, old, ref = zip(*chosen, strict=True)
+    batch = sequences_of(rollouts, device)
+    old, infer = batch.spread(old), batch.spread([rollout.logps for rollout in rollouts])
+    ref = None if ref[0] is None else batch.spread(ref)
+    counted = objective.counted_tokens(batch.mask, old, infer, config)
+    weights = objective.weights_of(counted, *totals, config)
     logp = scorer(model, batch).logp
     loss, inside = objective.icepop(
-      logp, old, batch.logp_infer, batch.advantages, batch.mask, weights, icepop, logp_ref=ref
+      logp, old, infer, batch.spread(advantages), batch.mask, weights, config, logp_ref=ref
     )
     loss.backward()
     total += loss.item()
-    for i, row, mask in zip(chosen, inside, batch.mask, strict=True):
-      kept[i] = row[mask].cpu().numpy()
-  return total
+    kept += batch.gather(inside)
+  return total, kept

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from configs.schema import ModelConfig
-from parity.torch_twin.model import RingTwin
+from parity.torch_twin.model import RingTwin, ScalarTwin, Trunk
 
 Tree = Mapping[str, Any]
 State = dict[str, torch.Tensor]
@@ -21,16 +21,16 @@ State = dict[str, torch.Tensor]
 _MTP_NAMES = {"enorm.weight": "enorm", "hnorm.weight": "hnorm", "final_layernorm.weight": "final_norm"}
 
 
-def build(config: ModelConfig, params: Tree, device: torch.device | str = "cpu") -> RingTwin:
-  """The twin holding these parameters."""
+def build(config: ModelConfig, params: Tree, device: torch.device | str = "cpu") -> Any:
+  """The twin holding these parameters: a `RingTwin`, or a `ScalarTwin` of a tree {"trunk", "head"}."""
   with torch.device("meta"):
-    model = RingTwin(config)
+    model = ScalarTwin(config) if "head" in params else RingTwin(config)
   model = model.to_empty(device=device)
   load(model, params)
   return model
 
 
-def load(model: RingTwin, params: Tree) -> None:
+def load(model: Trunk, params: Tree) -> None:
   """Copies the tree into the twin.
 
   Raises:
@@ -51,23 +51,27 @@ def load(model: RingTwin, params: Tree) -> None:
 
 def to_state(config: ModelConfig, params: Tree) -> State:
   """The tree's arrays (of any kind that NumPy reads) under the checkpoint's names."""
+  if "head" in params:
+    head = {"head.weight": params["head"]["kernel"], "head.bias": np.reshape(params["head"]["bias"], 1)}
+    return to_state(config, params["trunk"]) | {name: _tensor(value) for name, value in head.items()}
   state = {
     "model.word_embeddings.weight": params["embed"]["embedding"],
     "model.norm.weight": params["final_norm"]["scale"],
-    "lm_head.weight": np.asarray(params["lm_head"]["kernel"]).T,
   }
+  if "lm_head" in params:
+    state["lm_head.weight"] = np.asarray(params["lm_head"]["kernel"]).T
   for number, tree in _layers(config, params):
     for name, value in layer_to_state(config, tree).items():
       state[f"model.layers.{number}.{name}"] = value
   return {name: _tensor(value) for name, value in state.items()}
 
 
-def params_of(model: RingTwin) -> dict[str, Any]:
+def params_of(model: Trunk) -> dict[str, Any]:
   """The twin's parameters as a tree of NumPy arrays."""
   return from_state(model.config, model.state_dict())
 
 
-def gradients_of(model: RingTwin) -> dict[str, Any]:
+def gradients_of(model: Trunk) -> dict[str, Any]:
   """The twin's gradients as a tree; 0 where nothing reached a tensor, as for the selection bias."""
   state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
   state |= {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
@@ -86,8 +90,9 @@ def from_state(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> dict[s
   tree: dict[str, Any] = {
     "embed": {"embedding": arrays["model.word_embeddings.weight"]},
     "final_norm": {"scale": arrays["model.norm.weight"]},
-    "lm_head": {"kernel": arrays["lm_head.weight"].T},
   }
+  if "lm_head.weight" in arrays:
+    tree["lm_head"] = {"kernel": arrays["lm_head.weight"].T}
   for name, part in (("dense_layers", layers[:first]), ("moe_layers", layers[first:depth])):
     if part:
       tree[name] = _map(lambda *values: np.stack(values), *part)
@@ -95,6 +100,8 @@ def from_state(config: ModelConfig, state: Mapping[str, torch.Tensor]) -> dict[s
     prefix = f"model.layers.{depth}."
     tree["mtp"] = {ours: {"scale": arrays[prefix + theirs]} for theirs, ours in _MTP_NAMES.items()}
     tree["mtp"] |= {"eh_proj": {"kernel": arrays[prefix + "eh_proj.weight"].T}, "block": layers[depth]}
+  if "head.weight" in arrays:
+    return {"trunk": tree, "head": {"kernel": arrays["head.weight"], "bias": arrays["head.bias"].reshape(())}}
   return tree
 
 

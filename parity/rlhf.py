@@ -1,0 +1,97 @@
+"""A phase of RLHF from recorded rollouts: what goes in, and what comes out of it on either path.  Plain NumPy.
+
+One step takes the recorded rollouts of its minibatches and does, at weights of version v:
+
+    reference, reward model, critic judge every minibatch        before the first update
+    the actor's log-probs at theta_old                           likewise; streaming: before the minibatch's own update
+    advantages                                                   on the host
+    for each minibatch: one AdamW step of the actor, and one of the critic where there is one
+
+The recorded log-probs are the first actor's own under another engine's error: near for most tokens, out of the band for
+some.  What comes out must not depend on where the roles work, nor on who computes it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from configs.schema import RLConfig, Role, RunConfig, Strategy, require
+from ring_jax.records import Rollout
+from sharding.placement import Placement
+
+Tree = Mapping[str, Any]
+Minibatches = list[list[Rollout]]
+
+# Fields of `Steps.experience`, in the order of computation.
+EXPERIENCE = ("logp_infer", "logp_rollout", "logp_old", "logp_ref", "values", "scores", "advantages", "returns")
+LEARNERS = (Role.ACTOR, Role.CRITIC)
+STRATEGIES = (Strategy.COLOCATED, Strategy.INTERLEAVING, Strategy.DISAGGREGATED)
+
+
+@dataclasses.dataclass(frozen=True)
+class RLHFCase:
+  """Where a phase begins, and what it is fed with."""
+
+  name: str
+  run: RunConfig  # model, rlhf (the phase), rollout.temperature, packing
+  params: Mapping[
+    Role, Tree
+  ]  # of the actor (the reference begins as it), and of critic and reward model where they are
+  steps: list[Minibatches]
+  vocab_mask_V: np.ndarray  # bool: the ids that can be drawn
+
+  def __post_init__(self):
+    missing = sorted(self.phase.roles - {Role.ROLLOUT, Role.REFERENCE} - self.params.keys())
+    require(not missing, f"{self.name}: no parameters for the {missing[0]}, which its phase has" if missing else "")
+    require(all(map(len, self.steps)), f"{self.name}: a step without a minibatch")
+
+  @property
+  def phase(self) -> RLConfig:
+    return self.run.rlhf
+
+  @property
+  def optimizer_steps(self) -> int:
+    return sum(map(len, self.steps))
+
+
+@dataclasses.dataclass
+class Steps:
+  """What the steps gave."""
+
+  rollouts: list[Minibatches]  # of each step: what was trained on
+  experience: list[dict[str, np.ndarray]]  # of each step: float32, flat, one minibatch and rollout after the other
+  losses: dict[Role, list[float]]  # of each optimizer step
+  norms: dict[Role, list[float]]  # likewise: of the gradient, before clipping
+  params: dict[Role, Tree]  # at the end
+
+
+def flat(minibatches: Sequence[Mapping[str, Sequence[Any] | None]]) -> dict[str, np.ndarray]:
+  """The experience of a step from that of its minibatches, whose fields have an array or a number a rollout."""
+  found = {}
+  for name in EXPERIENCE:
+    values = [value for fields in minibatches if fields.get(name) is not None for value in fields[name]]
+    if values:
+      found[name] = np.concatenate([np.atleast_1d(np.asarray(value, np.float32)) for value in values])
+  return found
+
+
+def placement_of(strategy: Strategy, devices: Sequence[Any], config: RLConfig) -> Placement:
+  """Of either path: devices are ranks or `jax.devices()`."""
+  roles = config.roles
+  match strategy:
+    case Strategy.COLOCATED:
+      return Placement.colocated(devices, roles)
+    case Strategy.INTERLEAVING:
+      return Placement.interleaving(devices, roles)
+    case _:
+      # Half of the devices train the actor; the critic, where there is one, has half of the others.
+      shares = {Role.ACTOR: 2, Role.CRITIC: 1, Role.ROLLOUT: 1 if Role.CRITIC in roles else 2}
+      return Placement.disaggregated(devices, roles, {role: share for role, share in shares.items() if role in roles})
+
+
+def strategies_of(config: RLConfig) -> list[Strategy]:
+  """Interleaving is for a reference beside a reward model."""
+  pair = config.roles >= {Role.REFERENCE, Role.REWARD}
+  return [strategy for strategy in STRATEGIES if pair or strategy is not Strategy.INTERLEAVING]
