@@ -100,14 +100,19 @@ def rl_minibatches(
   Args:
     seed: of the shuffle that comes before, for `numpy.random.default_rng`; a single minibatch is not shuffled.
   """
-  order = np.arange(len(rollouts))
+  return [minibatch(part, rollouts, packing) for part in deal(np.arange(len(rollouts)), count, seed)]
+
+
+def deal(order: np.ndarray, count: int, seed: Any) -> list[np.ndarray]:
+  """What `rl_minibatches` deals: `order` in parts, none of them empty."""
   if count > 1:
     order = np.random.default_rng(seed).permutation(order)
-  parts = [order[first::count] for first in range(count)]
-  return [_minibatch(part, [rollouts[i] for i in part], packing) for part in parts if len(part)]
+  return [part for first in range(count) if len(part := order[first::count])]
 
 
-def _minibatch(index: np.ndarray, chosen: list[Rollout], packing: PackingConfig) -> Minibatch:
+def minibatch(index: np.ndarray, rollouts: Sequence[Rollout], packing: PackingConfig) -> Minibatch:
+  """Those rollouts, packed."""
+  chosen = [rollouts[i] for i in index]
   sequences = [
     {
       "tokens": [*rollout.prompt, *rollout.tokens],

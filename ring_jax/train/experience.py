@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,10 +41,14 @@ class Experience:
   kinds: Counter[Kind]  # how the verifier's scores came about
   logp_ref: list[np.ndarray] | None = None  # of each token of the answer
   values: list[np.ndarray] | None = None  # before each token of the answer
+  # Of those that are trained on, once they are; the others' stay empty.
+  logp_old: list[np.ndarray] = dataclasses.field(default_factory=list)
+  advantages: list[Any] = dataclasses.field(default_factory=list)  # a number, or one a token
+  returns: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-  def take(self, chosen: Sequence[int]) -> "Experience":
-    pick = lambda values: None if values is None else [values[i] for i in chosen]  # noqa: E731
-    return Experience(pick(self.rollouts), self.kinds, pick(self.logp_ref), pick(self.values))
+  def __post_init__(self):
+    for name in ("logp_old", "advantages", "returns"):
+      setattr(self, name, [np.zeros(0, np.float32) for _ in self.rollouts])
 
 
 class Judges:
@@ -108,13 +113,14 @@ def relative(experience: Experience, kind: Advantage) -> tuple[np.ndarray, np.nd
 
 
 def by_critic(
-  experience: Experience, config: PPOConfig, logp_old: Sequence[np.ndarray]
+  experience: Experience, chosen: Sequence[int], config: PPOConfig, logp_old: Sequence[np.ndarray]
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """(advantages, returns) of each token of each rollout.
+  """(advantages, returns) of each token of the chosen rollouts.
 
   Args:
-    logp_old: of each rollout's answer at theta_old; what stands there has no influence without a KL term.
+    logp_old: of their answers at theta_old; what stands there has no influence without a KL term.
   """
-  scores = [rollout.reward for rollout in experience.rollouts]
-  rewards = token_rewards(logp_old, experience.logp_ref, scores, config)
-  return gae(rewards, experience.values, config)
+  pick = lambda values: None if values is None else [values[i] for i in chosen]  # noqa: E731
+  scores = [rollout.reward for rollout in pick(experience.rollouts)]
+  rewards = token_rewards(logp_old, pick(experience.logp_ref), scores, config)
+  return gae(rewards, pick(experience.values), config)

@@ -8,12 +8,13 @@ for each minibatch:
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
 from configs.schema import Advantage, Denominator, PackingConfig, RLConfig, Role
 from ring_jax.rl.metrics import step_metrics
-from ring_jax.train.batches import Minibatch, model_tokens, rl_fields, rl_minibatches
+from ring_jax.train.batches import Minibatch, deal, minibatch, model_tokens, rl_fields
 from ring_jax.train.experience import Experience, Spans, by_critic, relative
 from ring_jax.train.roles import Roles, Weights
 from ring_jax.train.scalar_batches import value_batches
@@ -32,7 +33,6 @@ class _Tally:
   losses: list[float] = dataclasses.field(default_factory=list)
   norms: list[float] = dataclasses.field(default_factory=list)
   critic: list[dict[str, float]] = dataclasses.field(default_factory=list)
-  returns: list[np.ndarray] = dataclasses.field(default_factory=list)
   positions: int = 0
 
 
@@ -52,31 +52,34 @@ class Learner:
   def begin(self, version: int) -> None:
     self._version, self._tally = version, _Tally()
 
-  def train(self, weights: Weights, experience: Experience, span: Spans) -> np.ndarray:
-    """Updates the weights in place of the old ones; returns one advantage a rollout, for the log."""
-    if self._by_critic:
-      advantages, kept = None, experience
-    else:
-      advantages, signal = relative(experience, self._phase.advantage)
-      kept = experience.take(np.flatnonzero(signal))
-    minibatches = rl_minibatches(kept.rollouts, self._packing, self._phase.minibatches, (self._seed, self._version))
-    self._tally.positions += sum(
-      int((batch.segment_ids > 0).sum()) for part in minibatches for batch in part.microbatches
-    )
+  def train(self, weights: Weights, experience: Experience, span: Spans) -> None:
+    """Updates the weights, in place of the old ones, from minibatches that are dealt of the experience."""
+    useful = np.ones(len(experience.rollouts), bool)
+    if not self._by_critic:
+      advantages, useful = relative(experience, self._phase.advantage)
+      experience.advantages = list(advantages)
+    parts = deal(np.flatnonzero(useful), self._phase.minibatches, (self._seed, self._version))
+    self.learn(weights, experience, parts, span)
+
+  def learn(self, weights: Weights, experience: Experience, parts: Sequence[np.ndarray], span: Spans) -> None:
+    """Updates the weights once a part of the experience; what the parts are trained on is written into it.
+
+    Args:
+      parts: indices of rollouts; without a critic, their advantages are there already.
+    """
+    minibatches = [minibatch(part, experience.rollouts, self._packing) for part in parts]
     with self._turns.of(Role.ACTOR), span("logp"):
-      old = [self._old_logps(weights, part, len(minibatches) == 1) for part in minibatches]
-    shown = np.zeros(len(experience.rollouts), np.float32) if advantages is None else advantages
+      old = [self._old_logps(weights, batch, len(minibatches) == 1) for batch in minibatches]
     with span("train"):
-      for part, logp_old in zip(minibatches, old, strict=True):
-        chosen = kept.take(part.index)
+      for batch, logp_old in zip(minibatches, old, strict=True):
+        self._tally.positions += sum(int((one.segment_ids > 0).sum()) for one in batch.microbatches)
         if self._by_critic:
-          old_logps = [rollout.logps for rollout in part.rollouts] if logp_old is None else part.gather(logp_old)
-          own, returns = by_critic(chosen, self._phase.ppo, old_logps)
-          shown[part.index] = [float(np.mean(values)) if len(values) else 0.0 for values in own]
-        else:
-          own, returns = advantages[np.flatnonzero(signal)][part.index], None
-        self._update(weights, part, chosen, own, returns, logp_old, span)
-    return shown
+          # Without a pass of its own there is no KL term that would look at them.
+          logps = [rollout.logps for rollout in batch.rollouts] if logp_old is None else batch.gather(logp_old)
+          found = by_critic(experience, batch.index, self._phase.ppo, logps)
+          for i, advantages, returns in zip(batch.index, *found, strict=True):
+            experience.advantages[i], experience.returns[i] = advantages, returns
+        self._update(weights, batch, experience, logp_old, span)
 
   def end(self) -> tuple[dict[str, float], int]:
     """(metrics of the step, positions trained on, prompts included)."""
@@ -95,38 +98,42 @@ class Learner:
       return None
     return [fetch(self._roles.actor.logprobs(weights.actor, model_tokens(batch))) for batch in part.microbatches]
 
-  def _update(self, weights: Weights, part: Minibatch, chosen: Experience, advantages, returns, logp_old, span) -> None:
+  def _update(self, weights: Weights, batch: Minibatch, experience: Experience, logp_old, span: Spans) -> None:
     def actor() -> None:
-      self._update_actor(weights, part, chosen, advantages, logp_old)
+      self._update_actor(weights, batch, experience, logp_old)
 
     def critic() -> None:
       with span("critic"):
-        self._update_critic(weights, part, chosen, returns)
+        self._update_critic(weights, batch, experience)
 
     self._turns.together({Role.ACTOR: actor} | ({Role.CRITIC: critic} if self._by_critic else {}))
 
-  def _update_actor(self, weights: Weights, part: Minibatch, chosen: Experience, advantages, logp_old) -> None:
+  def _update_actor(self, weights: Weights, batch: Minibatch, experience: Experience, logp_old) -> None:
     programs, objective, tally = self._roles.actor, self._phase.objective, self._tally
-    logp_ref = part.spread(chosen.logp_ref) if objective.kl_coef > 0 else None
-    sums = None
-    every = rl_fields(part, advantages, logp_old, objective, logp_ref)
-    for batch, fields in zip(part.microbatches, every, strict=True):
-      sums, out = programs.rl_gradients(weights.actor, sums, model_tokens(batch), fields, objective, logp_old is None)
+    pick = lambda values: [values[i] for i in batch.index]  # noqa: E731
+    logp_ref = batch.spread(pick(experience.logp_ref)) if objective.kl_coef > 0 else None
+    sums, used = None, []
+    every = rl_fields(batch, pick(experience.advantages), logp_old, objective, logp_ref)
+    for one, fields in zip(batch.microbatches, every, strict=True):
+      sums, out = programs.rl_gradients(weights.actor, sums, model_tokens(one), fields, objective, logp_old is None)
       logp_RxT, entropy_RxT = fetch(out)
       inside = fields.mask_RxT > 0
-      old_RxT = logp_RxT if logp_old is None else fields.logp_old_RxT
-      values = (logp_RxT, old_RxT, fields.logp_infer_RxT, fields.advantages_RxT, entropy_RxT)
+      used.append(logp_RxT if logp_old is None else fields.logp_old_RxT)
+      values = (logp_RxT, used[-1], fields.logp_infer_RxT, fields.advantages_RxT, entropy_RxT)
       for name, value in zip(_TOKEN_FIELDS, values, strict=True):
         tally.tokens[name].append(value[inside])
+    for i, own in zip(batch.index, batch.gather(used), strict=True):
+      experience.logp_old[i] = own
     tally.losses.append(float(sums.loss))
     weights.actor, weights.actor_state, norm = programs.apply(
       weights.actor, weights.actor_state, sums.params, self._name
     )
     tally.norms.append(float(norm))
 
-  def _update_critic(self, weights: Weights, part: Minibatch, chosen: Experience, returns: list[np.ndarray]) -> None:
+  def _update_critic(self, weights: Weights, batch: Minibatch, experience: Experience) -> None:
     programs, sums = self._roles.critic(self._name), None
-    for tokens, fields in value_batches(part.rollouts, chosen.values, returns, self._phase.ppo, self._packing):
+    old, returns = ([values[i] for i in batch.index] for values in (experience.values, experience.returns))
+    for tokens, fields in value_batches(batch.rollouts, old, returns, self._phase.ppo, self._packing):
       sums = programs.value_gradients(weights.critic, sums, tokens, fields)
     metrics = value_metrics(sums)
     weights.critic, weights.critic_state, norm = programs.apply(weights.critic, weights.critic_state, sums.params)

@@ -152,9 +152,10 @@ class Orchestrator:
     advantages: dict[int, float] = {}
     kinds: collections.Counter[Kind] = collections.Counter()
     for experience in judged:
-      shown = self._learner.train(weights, experience, span)
+      self._learner.train(weights, experience, span)
       kinds += experience.kinds
-      advantages |= {rollout.uid: value for rollout, value in zip(experience.rollouts, shown, strict=True)}
+      for rollout, value in zip(experience.rollouts, experience.advantages, strict=True):
+        advantages[rollout.uid] = float(np.mean(value)) if np.size(value) else 0.0
     done, ahead = generated(), following() if following else None
     clock = _added([one.clock for one in (done if pending is None else None, ahead) if one])
     return self._summary(version, done, advantages, kinds, clock), ahead
