@@ -255,6 +255,10 @@ class RunConfig:
       f"{name}.reward=model: the reward model is trained after reasoning RL, for rlhf, and needs reward_model.steps > 0",
     )
 
+  def phase(self, name: str) -> RLConfig:
+    """Of RL: rl or rlhf."""
+    return {"rl": self.rl, "rlhf": self.rlhf}[name]
+
   @property
   def roles(self) -> frozenset[Role]:
     """Of all phases that have steps."""

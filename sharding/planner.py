@@ -1,40 +1,41 @@
-"""What a step of RL takes under a placement: its phases played through on the devices, and the memory of each device.
+"""What a step of RL takes under a placement: its stages played through on the devices, and the memory of each device.
 
     to host -> sync -> generate -> { score, logp, reference, reward, values } -> from host -> { train, critic } -> sync ...
 
-The graph of a step (papers.md 1.4, 2.3, 2.4), with roles where `RunConfig.seats` puts them: phases whose roles share a
+The graph of a step (papers.md 1.4, 2.3, 2.4), with roles where `RunConfig.seats` puts them: stages whose roles share a
 device take turns, all others overlap (sharding/timeline.py).  The answers of a step come in parts: one, or with rl.stream > 0
 as many as there are minibatches; each part is judged and trained on as soon as it has ended, after the part before it.
 
     rollouts of step s     need the weights of version s - rl.staleness, and the engine
     step time              (end of step b - end of step a) / (b - a), once the pipeline is full
-    bottleneck             the phase with most of the critical path between these two moments
+    bottleneck             the stage with most of the critical path between these two moments
 
 Memory of a device: the weights of all roles on it, and the larger of two moments: generation with its cache, or the other
-phases with the optimizer's state.  placement.switching=host takes the state away at the first and the cache at the second.
+stages with the optimizer's state.  placement.switching=host takes the state away at the first and the cache at the second.
 
-What a phase takes and a role holds comes from a `CostModel`; nothing here knows a chip, a model or the simulator
+What a stage takes and a role holds comes from a `CostModel`; nothing here knows a chip, a model or the simulator
 (architecture decision 12).
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from configs import placement as placing
-from configs.base import ConfigError, Enum
+from configs.base import Enum
 from configs.objective import Advantage, Denominator, Reward
 from configs.optimizer import Memory
 from configs.placement import Role, Strategy, Switching
 from configs.schema import RLConfig, RunConfig
+from sharding.candidates import candidates, fewer_slots, naive, saving
 from sharding.timeline import Span, Task, Timeline, groups_of
 
 _STEPS, _FROM, _TO = 7, 3, 5  # steps that are played, and the two between whose ends is measured
-_MOST_PARTS = 16  # of a step's answers; more are joined, which changes little
+_MOST_PARTS = 8  # of a step's answers; more are joined, which changes little
 
 
-class Phase(Enum):
+class Stage(Enum):
   TO_HOST = "to_host"  # the optimizer's state leaves for the host
   SYNC = "sync"  # the actor's weights to the engine
   SYNC_CRITIC = "sync_critic"  # the critic's to its shadow
@@ -51,7 +52,7 @@ class Phase(Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Price:
-  """Of a phase, or of a part of it."""
+  """Of a stage."""
 
   seconds: float
   bound: str  # what it mostly waits for: flops, hbm, links, host
@@ -84,8 +85,8 @@ class CostModel(Protocol):
 
   def generation(self, config: RunConfig, parts: int) -> Generation: ...
 
-  def price(self, config: RunConfig, phase: Phase, generation: Generation) -> Price:
-    """Of all of a step's work in a phase other than `generate`."""
+  def price(self, config: RunConfig, phase: Stage, generation: Generation) -> Price:
+    """Of all of a step's work in a stage other than `generate`."""
 
   def holdings(self, config: RunConfig, role: Role) -> Holdings: ...
 
@@ -106,13 +107,13 @@ class Estimate:
   config: RunConfig
   seconds: float  # of a step
   tokens: float  # of answers, in a step
-  path: dict[Phase, float]  # seconds of a step on the critical path
-  prices: dict[Phase, Price]  # of all phases
+  path: dict[Stage, float]  # seconds of a step on the critical path
+  prices: dict[Stage, Price]  # of all stages
   idle: dict[range, float]  # share of the time in which devices do nothing
   tightest: Tightest
 
   @property
-  def bottleneck(self) -> Phase:
+  def bottleneck(self) -> Stage:
     return max(self.path, key=self.path.get)
 
   @property
@@ -125,49 +126,50 @@ class Estimate:
     return sum(len(group) * share for group, share in self.idle.items()) / count
 
 
-def phase_roles(config: RunConfig, phase: RLConfig) -> frozenset[Role]:
+def phase_roles(config: RunConfig, phase: str) -> frozenset[Role]:
   """The roles that work in a phase of the run."""
-  shadow = {Role.SHADOW_CRITIC} if Role.CRITIC in phase.roles and Role.SHADOW_CRITIC in config.seats else set()
-  return phase.roles | shadow
+  roles = config.phase(phase).roles
+  return roles | {Role.SHADOW_CRITIC} if Role.CRITIC in roles and Role.SHADOW_CRITIC in config.seats else roles
 
 
-def work(config: RunConfig, phase: RLConfig) -> dict[Phase, tuple[Role, ...]]:
-  """The phases of a step, with the roles whose devices each needs."""
-  roles, seats = phase_roles(config, phase), config.seats
-  found: dict[Phase, tuple[Role, ...]] = {
-    Phase.SYNC: (Role.ACTOR, Role.ROLLOUT),
-    Phase.GENERATE: (Role.ROLLOUT,),
-    Phase.TRAIN: (Role.ACTOR,),
+def work(config: RunConfig, phase: str) -> dict[Stage, tuple[Role, ...]]:
+  """The stages of a step, with the roles whose devices each needs."""
+  roles, seats, rl = phase_roles(config, phase), config.seats, config.phase(phase)
+  found: dict[Stage, tuple[Role, ...]] = {
+    Stage.SYNC: (Role.ACTOR, Role.ROLLOUT),
+    Stage.GENERATE: (Role.ROLLOUT,),
+    Stage.TRAIN: (Role.ACTOR,),
   }
-  if phase.reward is Reward.VERIFIER:
-    found[Phase.SCORE] = ()
-  if needs_logp(phase):
-    found[Phase.LOGP] = (Role.ACTOR,)
-  for role, name in ((Role.REFERENCE, Phase.REFERENCE), (Role.REWARD, Phase.REWARD)):
+  if rl.reward is Reward.VERIFIER:
+    found[Stage.SCORE] = ()
+  if needs_logp(rl):
+    found[Stage.LOGP] = (Role.ACTOR,)
+  for role, name in ((Role.REFERENCE, Stage.REFERENCE), (Role.REWARD, Stage.REWARD)):
     if role in roles:
       found[name] = (role,)
   if Role.CRITIC in roles:
-    found |= {Phase.CRITIC: (Role.CRITIC,), Phase.VALUES: (Role.CRITIC,)}
+    found |= {Stage.CRITIC: (Role.CRITIC,), Stage.VALUES: (Role.CRITIC,)}
   if Role.SHADOW_CRITIC in roles:
-    found |= {Phase.VALUES: (Role.SHADOW_CRITIC,), Phase.SYNC_CRITIC: (Role.CRITIC, Role.SHADOW_CRITIC)}
+    found |= {Stage.VALUES: (Role.SHADOW_CRITIC,), Stage.SYNC_CRITIC: (Role.CRITIC, Role.SHADOW_CRITIC)}
   leaving = tuple(role for role in switched(config, phase) if meets(seats, role, Role.ROLLOUT))
   if leaving:
-    found |= {Phase.TO_HOST: leaving, Phase.FROM_HOST: leaving}
+    found |= {Stage.TO_HOST: leaving, Stage.FROM_HOST: leaving}
   return found
 
 
-def switched(config: RunConfig, phase: RLConfig) -> tuple[Role, ...]:
+def switched(config: RunConfig, phase: str) -> tuple[Role, ...]:
   """The trained roles whose optimizer state leaves its devices during rollouts."""
   if config.placement.switching is not Switching.HOST:
     return ()
-  memories = {Role.ACTOR: phase.optimizer.memory, Role.CRITIC: phase.ppo.optimizer.memory}
-  return tuple(role for role, memory in memories.items() if role in phase.roles and memory is Memory.DEVICE)
+  rl = config.phase(phase)
+  memories = {Role.ACTOR: rl.optimizer.memory, Role.CRITIC: rl.ppo.optimizer.memory}
+  return tuple(role for role, memory in memories.items() if role in rl.roles and memory is Memory.DEVICE)
 
 
-def needs_logp(phase: RLConfig) -> bool:
+def needs_logp(rl: RLConfig) -> bool:
   """Whether log-probs at theta_old are a pass of their own; else the gradient pass gives them."""
-  in_reward = phase.advantage is Advantage.GAE and phase.ppo.kl_coef > 0
-  return in_reward or phase.minibatches > 1 or phase.objective.denominator is Denominator.KEPT
+  in_reward = rl.advantage is Advantage.GAE and rl.ppo.kl_coef > 0
+  return in_reward or rl.minibatches > 1 or rl.objective.denominator is Denominator.KEPT
 
 
 def meets(seats: placing.Seats, one: Role, other: Role) -> bool:
@@ -176,26 +178,26 @@ def meets(seats: placing.Seats, one: Role, other: Role) -> bool:
   return first.start < second.stop and second.start < first.stop
 
 
-def parts_of(phase: RLConfig, rollouts: float) -> int:
+def parts_of(rl: RLConfig, rollouts: float) -> int:
   """In how many parts the answers of a step are handed over."""
-  return min(max(math.ceil(rollouts / phase.stream), 1), _MOST_PARTS) if phase.stream else 1
+  return min(max(math.ceil(rollouts / rl.stream), 1), _MOST_PARTS) if rl.stream else 1
 
 
-def estimate(config: RunConfig, phase: RLConfig, costs: CostModel) -> Estimate:
+def estimate(config: RunConfig, phase: str, costs: CostModel) -> Estimate:
   """Args:
   config: with the placement in question.
-  phase: `config.rl` or `config.rlhf`.
+  phase: rl or rlhf.
   """
   needs = work(config, phase)
   generation = costs.generation(config, 1)
-  if (parts := parts_of(phase, generation.rollouts)) > 1:
+  if (parts := parts_of(config.phase(phase), generation.rollouts)) > 1:
     generation = costs.generation(config, parts)
-  prices = {one: costs.price(config, one, generation) for one in needs if one is not Phase.GENERATE}
-  prices[Phase.GENERATE] = generation.price
+  prices = {one: costs.price(config, one, generation) for one in needs if one is not Stage.GENERATE}
+  prices[Stage.GENERATE] = generation.price
   seats = config.seats
   groups, of_role = groups_of({role: seat.devices for role, seat in seats.items()})
   places = {one: frozenset().union(*(of_role[role] for role in roles)) for one, roles in needs.items()}
-  tasks = _Graph(phase, prices, places, generation.ended).tasks()
+  tasks = _Graph(config.phase(phase), prices, places, generation.ended).tasks()
   timeline = Timeline(tasks, costs.capacity)
   ends = [max(timeline.spans[name].end for name in names) for names in _lasts(tasks)]
   start, end, count = ends[_FROM], ends[_TO], _TO - _FROM
@@ -205,7 +207,7 @@ def estimate(config: RunConfig, phase: RLConfig, costs: CostModel) -> Estimate:
     seconds=(end - start) / count,
     tokens=generation.tokens,
     path=_by_phase(timeline.path(last), start, end, count),
-    prices={one: prices[one] for one in Phase if one in prices},
+    prices={one: prices[one] for one in Stage if one in prices},
     idle={
       group: 1 - timeline.busy(index, start, end) / (end - start) if end > start else 0.0
       for index, group in enumerate(groups)
@@ -217,8 +219,8 @@ def estimate(config: RunConfig, phase: RLConfig, costs: CostModel) -> Estimate:
 class _Graph:
   """The tasks of `_STEPS` steps."""
 
-  def __init__(self, phase: RLConfig, prices: dict[Phase, Price], places, ended: Sequence[float]):
-    self._phase, self._prices, self._places, self._ended = phase, prices, places, ended
+  def __init__(self, rl: RLConfig, prices: Mapping[Stage, Price], places: Mapping, ended: Sequence[float]):
+    self._rl, self._prices, self._places, self._ended = rl, prices, places, ended
     self._tasks: list[Task] = []
 
   def tasks(self) -> list[Task]:
@@ -226,76 +228,76 @@ class _Graph:
       self._step(step)
     return self._tasks
 
-  def _add(self, phase: Phase, step: int, part: int, share: float, after: Iterable[str]) -> None:
-    if phase in self._prices:
-      price = self._prices[phase]
+  def _add(self, stage: Stage, step: int, part: int, share: float, after: Iterable[str]) -> None:
+    if stage in self._prices:
+      price = self._prices[stage]
       known = tuple(name for name in after if name)
       self._tasks.append(
-        Task(self._name(phase, step, part), share * price.seconds, self._places[phase], known, price.load)
+        Task(self._name(stage, step, part), share * price.seconds, self._places[stage], known, price.load)
       )
 
-  def _name(self, phase: Phase, step: int, part: int) -> str:
+  def _name(self, stage: Stage, step: int, part: int) -> str:
     """Empty where there is no such task."""
-    return f"{phase}/{step}/{part}" if phase in self._prices and step >= 0 else ""
+    return f"{stage}/{step}/{part}" if stage in self._prices and step >= 0 else ""
 
   def _step(self, step: int) -> None:
     last = len(self._ended) - 1
-    trained = [self._name(phase, step - 1, last) for phase in (Phase.TRAIN, Phase.CRITIC)]
-    for phase, after in ((Phase.TO_HOST, trained), (Phase.SYNC, trained[:1]), (Phase.SYNC_CRITIC, trained[1:])):
-      self._add(phase, step, 0, 1.0, after)
-    source = max(step - self._phase.staleness, 0)
-    weights = [self._name(Phase.SYNC, source, 0), self._name(Phase.TO_HOST, source, 0)]
-    before = self._name(Phase.GENERATE, step - 1, last)
+    trained = [self._name(stage, step - 1, last) for stage in (Stage.TRAIN, Stage.CRITIC)]
+    for stage, after in ((Stage.TO_HOST, trained), (Stage.SYNC, trained[:1]), (Stage.SYNC_CRITIC, trained[1:])):
+      self._add(stage, step, 0, 1.0, after)
+    source = max(step - self._rl.staleness, 0)
+    weights = [self._name(Stage.SYNC, source, 0), self._name(Stage.TO_HOST, source, 0)]
+    before = self._name(Stage.GENERATE, step - 1, last)
     for part, (begun, ended) in enumerate(zip([0.0, *self._ended], self._ended, strict=False)):
-      self._add(Phase.GENERATE, step, part, ended - begun, [before, *weights])
-      before = self._name(Phase.GENERATE, step, part)
+      self._add(Stage.GENERATE, step, part, ended - begun, [before, *weights])
+      before = self._name(Stage.GENERATE, step, part)
       self._train(step, part, 1 / len(self._ended))
 
   def _train(self, step: int, part: int, share: float) -> None:
     """What a part of the answers goes through."""
-    drawn = self._name(Phase.GENERATE, step, part)
+    drawn = self._name(Stage.GENERATE, step, part)
     earlier = [
-      self._name(phase, step if part else step - 1, (part or len(self._ended)) - 1)
-      for phase in (Phase.TRAIN, Phase.CRITIC)
+      self._name(stage, step if part else step - 1, (part or len(self._ended)) - 1)
+      for stage in (Stage.TRAIN, Stage.CRITIC)
     ]
-    self._add(Phase.SCORE, step, part, share, [drawn])
-    self._add(Phase.LOGP, step, part, share, [drawn, earlier[0]])
-    self._add(Phase.REFERENCE, step, part, share, [drawn])
-    self._add(Phase.REWARD, step, part, share, [drawn])
-    shadow = self._name(Phase.SYNC_CRITIC, step, 0)
-    self._add(Phase.VALUES, step, part, share, [drawn, shadow or (earlier[1] if not part else "")])
+    self._add(Stage.SCORE, step, part, share, [drawn])
+    self._add(Stage.LOGP, step, part, share, [drawn, earlier[0]])
+    self._add(Stage.REFERENCE, step, part, share, [drawn])
+    self._add(Stage.REWARD, step, part, share, [drawn])
+    shadow = self._name(Stage.SYNC_CRITIC, step, 0)
+    self._add(Stage.VALUES, step, part, share, [drawn, shadow or (earlier[1] if not part else "")])
     judged = [
-      self._name(phase, step, part)
-      for phase in (Phase.GENERATE, Phase.SCORE, Phase.LOGP, Phase.REFERENCE, Phase.REWARD, Phase.VALUES)
+      self._name(stage, step, part)
+      for stage in (Stage.GENERATE, Stage.SCORE, Stage.LOGP, Stage.REFERENCE, Stage.REWARD, Stage.VALUES)
     ]
     if not part:
-      self._add(Phase.FROM_HOST, step, 0, 1.0, judged)
-    ready = [*judged, self._name(Phase.FROM_HOST, step, 0)]
-    for phase, before in zip((Phase.TRAIN, Phase.CRITIC), earlier, strict=True):
-      self._add(phase, step, part, share, [*ready, before])
+      self._add(Stage.FROM_HOST, step, 0, 1.0, judged)
+    ready = [*judged, self._name(Stage.FROM_HOST, step, 0)]
+    for stage, before in zip((Stage.TRAIN, Stage.CRITIC), earlier, strict=True):
+      self._add(stage, step, part, share, [*ready, before])
 
 
 def _lasts(tasks: Sequence[Task]) -> list[list[str]]:
   """By step: the names of its training tasks."""
   found: list[list[str]] = [[] for _ in range(_STEPS)]
   for task in tasks:
-    phase, step, _ = task.name.split("/")
-    if phase in (Phase.TRAIN, Phase.CRITIC):
+    stage, step, _ = task.name.split("/")
+    if stage in (Stage.TRAIN, Stage.CRITIC):
       found[int(step)].append(task.name)
   return found
 
 
-def _by_phase(path: Sequence[Span], start: float, end: float, count: int) -> dict[Phase, float]:
-  found: dict[Phase, float] = {}
+def _by_phase(path: Sequence[Span], start: float, end: float, count: int) -> dict[Stage, float]:
+  found: dict[Stage, float] = {}
   for span in path:
     inside = min(span.end, end) - max(span.start, start)
     if inside > 0:
-      phase = Phase(span.task.name.split("/")[0])
-      found[phase] = found.get(phase, 0.0) + inside / count
+      stage = Stage(span.task.name.split("/")[0])
+      found[stage] = found.get(stage, 0.0) + inside / count
   return found
 
 
-def tightest(config: RunConfig, phase: RLConfig, costs: CostModel) -> Tightest:
+def tightest(config: RunConfig, phase: str, costs: CostModel) -> Tightest:
   """Of the devices with the least room: what their roles hold together."""
   seats, roles = config.seats, phase_roles(config, phase)
   held = {role: costs.holdings(config, role) for role in placing.ordered(roles)}
@@ -317,17 +319,72 @@ def tightest(config: RunConfig, phase: RLConfig, costs: CostModel) -> Tightest:
   return max(found, key=lambda one: one.bytes)
 
 
-def strategy_of(config: RunConfig) -> Strategy:
-  return config.placement.strategy
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+  """What was tried."""
+
+  estimates: list[Estimate]  # of what fits, best first
+  discarded: dict[Strategy, tuple[int, str]]  # how many do not fit or cannot be, and why the nearest does not
+
+
+def search(config: RunConfig, phase: str, devices: int, costs: CostModel, may_change: bool) -> Ranking:
+  """Estimates every candidate that fits.
+
+  Args:
+    phase: rl or rlhf.
+    may_change: whether slots may become more, or fewer, and optimizer state and layer inputs go to the host where a
+      candidate does not fit otherwise.
+  """
+  found: list[Estimate] = []
+  misses: dict[Strategy, list[Tightest]] = {}
+  for candidate in candidates(config, devices, most_slots=may_change):
+    fitted, nearest = _fitted(candidate, phase, costs, may_change)
+    if fitted is None:
+      misses.setdefault(candidate.placement.strategy, []).append(nearest)
+    else:
+      found.append(estimate(fitted, phase, costs))
+  discarded = {
+    strategy: (len(all_), _too_large(min(all_, key=lambda one: one.bytes), costs.limit))
+    for strategy, all_ in misses.items()
+  }
+  tried = {one.config.placement.strategy for one in found} | discarded.keys()
+  if Strategy.INTERLEAVING not in tried:
+    discarded[Strategy.INTERLEAVING] = (0, "needs a reference and a reward model, and an even number of devices")
+  if Strategy.DISAGGREGATED not in tried:
+    discarded[Strategy.DISAGGREGATED] = (0, f"no split of {devices} device(s) cuts the model into equal parts")
+  return Ranking(rank(found), discarded)
+
+
+def naive_estimate(config: RunConfig, phase: str, devices: int, costs: CostModel, may_change: bool) -> Estimate | None:
+  """Of all models as one entity (`candidates.naive`); None where that does not fit."""
+  fitted, _ = _fitted(naive(config, devices), phase, costs, may_change)
+  return estimate(fitted, phase, costs) if fitted else None
+
+
+def _fitted(
+  candidate: RunConfig, phase: str, costs: CostModel, may_change: bool
+) -> tuple[RunConfig | None, Tightest | None]:
+  """The candidate with as many slots as fit; state and inputs go to the host only where that is not enough."""
+  nearest = None
+  for config in (candidate, saving(candidate)) if may_change else (candidate,):
+    smaller: RunConfig | None = config
+    while smaller is not None:
+      held = tightest(smaller, phase, costs)
+      if held.bytes <= costs.limit:
+        return smaller, None
+      nearest = min(nearest or held, held, key=lambda one: one.bytes)
+      smaller = fewer_slots(smaller) if may_change else None
+  return None, nearest
+
+
+def _too_large(held: Tightest, limit: float) -> str:
+  first, last = held.devices.start, held.devices.stop - 1
+  return (
+    f"the nearest needs {held.bytes / 2**30:.1f} GiB a device, of {limit / 2**30:.1f}, on devices {first}-{last}"
+    f" ({', '.join(held.roles)})"
+  )
 
 
 def rank(estimates: Iterable[Estimate]) -> list[Estimate]:
-  """Fastest first; of equals the one that needs less memory, then fewer devices that idle."""
-  return sorted(estimates, key=lambda one: (one.seconds, one.tightest.bytes, one.mean_idle))
-
-
-def check_fits(found: Tightest, limit: float) -> None:
-  """Raises ConfigError: by how much it does not."""
-  if found.bytes > limit:
-    over, first, last = (found.bytes - limit) / 2**30, found.devices.start, found.devices.stop - 1
-    raise ConfigError(f"needs {over:.1f} GiB more than there is on devices {first}-{last} ({', '.join(found.roles)})")
+  """Most tokens a second first; of equals the one that needs less memory."""
+  return sorted(estimates, key=lambda one: (-one.tokens_per_second, one.tightest.bytes))

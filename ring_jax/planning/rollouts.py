@@ -116,17 +116,28 @@ def _handed_over(rollouts, ended: Mapping[int, int], unit: Unit, begun: int, sto
   return [(lasts[key(rollout)] - begun) / max(stopped - begun, 1) for rollout in rollouts]
 
 
-def minibatches(phase: RLConfig, work: RolloutWork) -> int:
+def minibatches(rl: RLConfig, work: RolloutWork) -> int:
   """Optimizer steps of a step of RL."""
-  return max(math.ceil(work.rollouts / phase.stream), 1) if phase.stream else phase.minibatches
+  return max(math.ceil(work.rollouts / rl.stream), 1) if rl.stream else rl.minibatches
 
 
-def microbatches(config: RunConfig, phase: RLConfig, work: RolloutWork, share: float = 1.0) -> int:
+def microbatches(config: RunConfig, phase: str, work: RolloutWork, share: float = 1.0) -> int:
   """Of a step of RL: each minibatch fills whole ones.
 
   Args:
     share: of the answers, that are trained on.
   """
-  parts = minibatches(phase, work)
+  parts = minibatches(config.phase(phase), work)
   room = config.packing.rows * config.packing.length * FILL
   return parts * math.ceil(share * work.positions / parts / room)
+
+
+def repeated(trace: Trace) -> Answers:
+  """Those of a trace, from the start again where it has too few."""
+
+  def draw(groups: int, group_size: int) -> Trace:
+    count = groups * group_size
+    times = -(-count // len(trace.lengths))
+    return Trace(group_size, (trace.lengths * times)[:count], (trace.prompts * times)[:count])
+
+  return draw

@@ -1,4 +1,4 @@
-"""Costs of phases on a chip, by formula: the longest of three times, each at the part of the peak that programs reach.
+"""Costs of stages on a chip, by formula: the longest of three times, each at the part of the peak that programs reach.
 
     flops     the products that the mathematics asks for (ring_jax/compiled/flops.py), each microbatch padded to its shape
     hbm       weights that are read once a microbatch, or once a decode step; in decoding the caches beside
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 
 from configs.parallel import ParallelConfig
 from configs.placement import Role
-from configs.schema import Memory, ModelConfig, Remat, RLConfig, RunConfig
+from configs.schema import Memory, ModelConfig, Remat, RunConfig
 from ring_jax import model as ring_model
 from ring_jax.compiled import flops, memory
 from ring_jax.compiled.programs import Kind
@@ -30,7 +30,7 @@ from ring_jax.planning.holdings import holdings, optimizer_memory
 from ring_jax.planning.rollouts import Rollouts, RolloutWork, microbatches, minibatches
 from rollout.engine import computed_model
 from sharding.hardware import Chip
-from sharding.planner import Generation, Holdings, Phase, Price, meets, switched
+from sharding.planner import Generation, Holdings, Price, Stage, meets, switched
 
 FLOPS, HBM, LINKS, HOST = 0.45, 0.75, 0.7, 0.7  # of the peak
 LATENCY = 5e-6  # seconds, of a collective
@@ -77,12 +77,12 @@ class Roofline:
   """`sharding.planner.CostModel` of a chip.
 
   Args:
-    phase: of RL, that is planned.
+    phase: of RL, that is planned: rl or rlhf.
   """
 
   capacity = math.inf  # devices do not share a processor
 
-  def __init__(self, chip: Chip, phase: RLConfig, rollouts: Rollouts):
+  def __init__(self, chip: Chip, phase: str, rollouts: Rollouts):
     self._chip, self._phase, self._rollouts = chip, phase, rollouts
     self.limit = chip.hbm_bytes
 
@@ -92,23 +92,23 @@ class Roofline:
     bound = max(times, key=times.get)
     return Generation(Price(sum(times.values()), bound), work.parts(parts), work.rollouts, work.tokens)
 
-  def price(self, config: RunConfig, phase: Phase, generation: Generation) -> Price:
+  def price(self, config: RunConfig, stage: Stage, generation: Generation) -> Price:
     work = self._rollouts.work(config.rollout)
     seats = config.seats
     shadow = Role.SHADOW_CRITIC if Role.SHADOW_CRITIC in seats else Role.CRITIC
-    match phase:
-      case Phase.SCORE:  # the verifiers work while others are drawn
+    match stage:
+      case Stage.SCORE:  # the verifiers work while others are drawn
         return Price(0.0, "host")
-      case Phase.SYNC | Phase.SYNC_CRITIC:
-        return self._sync(config, phase)
-      case Phase.TO_HOST | Phase.FROM_HOST:
+      case Stage.SYNC | Stage.SYNC_CRITIC:
+        return self._sync(config, stage)
+      case Stage.TO_HOST | Stage.FROM_HOST:
         held = sum(self.holdings(config, role).optimizer for role in switched(config, self._phase))
         return Price(held / (self._chip.host_bandwidth * HOST), "host")
-      case Phase.TRAIN | Phase.CRITIC:
-        role = Role.ACTOR if phase is Phase.TRAIN else Role.CRITIC
+      case Stage.TRAIN | Stage.CRITIC:
+        role = Role.ACTOR if stage is Stage.TRAIN else Role.CRITIC
         return self._trained(config, role, work)
       case _:
-        role = {Phase.LOGP: Role.ACTOR, Phase.REFERENCE: Role.REFERENCE, Phase.REWARD: Role.REWARD}.get(phase, shadow)
+        role = {Stage.LOGP: Role.ACTOR, Stage.REFERENCE: Role.REFERENCE, Stage.REWARD: Role.REWARD}.get(stage, shadow)
         model = dataclasses.replace(config.model, parallel=seats[role].parallel)
         head = role in (Role.ACTOR, Role.REFERENCE)
         return _longest(_passes(self._chip, model, self._rows(config, work), work.attended, passes=1, head=head))
@@ -124,8 +124,8 @@ class Roofline:
       _passes(self._chip, model, self._rows(config, work), work.attended, passes, head=role is Role.ACTOR)
     )
     stored = self.holdings(config, role).weights
-    steps = minibatches(self._phase, work)
-    if optimizer_memory(self._phase, role) is Memory.HOST:
+    steps = minibatches(config.phase(self._phase), work)
+    if optimizer_memory(config.phase(self._phase), role) is Memory.HOST:
       update = 2 * 2 * stored / (self._chip.host_bandwidth * HOST)
     else:
       update = 7 * stored / (self._chip.hbm_bandwidth * HBM)
@@ -135,9 +135,9 @@ class Roofline:
     """Microbatches of a step, and the tokens of each, padding included."""
     return microbatches(config, self._phase, work), config.packing.rows * config.packing.length
 
-  def _sync(self, config: RunConfig, phase: Phase) -> Price:
+  def _sync(self, config: RunConfig, stage: Stage) -> Price:
     """Every device of the receiver gets its part; whoever sends one shares it with the others."""
-    actor = phase is Phase.SYNC
+    actor = stage is Stage.SYNC
     source, target = (Role.ACTOR, Role.ROLLOUT) if actor else (Role.CRITIC, Role.SHADOW_CRITIC)
     part = self.holdings(config, target).weights
     links = 1 if not meets(config.seats, source, target) else self._chip.torus_dims
