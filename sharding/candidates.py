@@ -50,7 +50,7 @@ def candidates(config: RunConfig, devices: int, most_slots: bool) -> Iterator[Ru
 def fewer_slots(config: RunConfig) -> RunConfig | None:
   """With half of the slots; None where each device of the engine has one."""
   parts = (config.rollout.parallel or config.model.parallel).batch_parts
-  slots = rounded(config.rollout.slots // 2, parts)
+  slots = max(rounded(config.rollout.slots // 2, parts), parts)
   return _with_slots(config, slots) if slots < config.rollout.slots else None
 
 

@@ -1,9 +1,11 @@
 """Costs of stages on this machine, fitted to short runs, and what they say of other runs.
 
-    stage seconds = work * (a  +  b devices  +  c devices, where something of the model is cut)
+    stage seconds = a work  +  b calls devices  +  where the model is cut: c calls devices  +  w work, up to a device a core
 
-Work is what the stage computes: tokens of its microbatches, padding included; decode steps times slots.  b and c are per
-call, a microbatch or a decode step: what it costs to dispatch to one more device, and that device's share of a collective.
+Work is what the stage computes: tokens of its microbatches, padding included; decode steps times slots.  Calls are its
+microbatches or dispatches: b is what it costs to dispatch to one more device, c that device's share of the collectives,
+w what devices idle that wait for each other in a collective while no other device is there to use their core (measured
+here: two devices with fsdp take 1.5 to 2 times as long as two replicas or four devices with fsdp).
 Coefficients are of at least 0, by least absolute deviations over the runs; one more must lower these by a twentieth
 (rollout/simulator/calibration.py), so that a single run gives a alone.
 
@@ -190,14 +192,14 @@ class Measured:
   def _devices(self, config: RunConfig, stage: Stage) -> int:
     return len(config.seats[self._role(config, stage)].devices)
 
-  def _features(self, config: RunConfig, stage: Stage) -> tuple[float, float, float]:
+  def _features(self, config: RunConfig, stage: Stage) -> tuple[float, float, float, float]:
     """What the law's coefficients are multiplied by."""
     work = self._rollouts.work(config.rollout)
     devices = self._devices(config, stage)
     cut = devices > config.seats[self._role(config, stage)].parallel.mesh.data
     match stage:
       case Stage.SCORE:
-        return work.rollouts, 0.0, 0.0
+        return work.rollouts, 0.0, 0.0, 0.0
       case Stage.SYNC | Stage.TO_HOST | Stage.FROM_HOST:
         calls, units = 1.0, 1.0
       case Stage.GENERATE:
@@ -205,7 +207,7 @@ class Measured:
       case _:
         calls = microbatches(config, self._phase, work, self._trained)
         units = calls * config.packing.rows * config.packing.length
-    return units, calls * devices, calls * devices * cut
+    return units, calls * devices, calls * devices * cut, units * (cut and devices <= self.capacity)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

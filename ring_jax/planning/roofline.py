@@ -33,6 +33,7 @@ from sharding.hardware import Chip
 from sharding.planner import Generation, Holdings, Price, Stage, meets, switched
 
 FLOPS, HBM, LINKS, HOST = 0.45, 0.75, 0.7, 0.7  # of the peak
+ROOM = 0.95  # of memory that a plan may fill: its formulas are as near as that to the compiler
 LATENCY = 5e-6  # seconds, of a collective
 DISPATCH = 1e-3  # seconds between two dispatches of decode steps: the host looks at what was drawn
 
@@ -84,7 +85,7 @@ class Roofline:
 
   def __init__(self, chip: Chip, phase: str, rollouts: Rollouts):
     self._chip, self._phase, self._rollouts = chip, phase, rollouts
-    self.limit = chip.hbm_bytes
+    self.limit = ROOM * chip.hbm_bytes
 
   def generation(self, config: RunConfig, parts: int) -> Generation:
     work = self._rollouts.work(config.rollout)
