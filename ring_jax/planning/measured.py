@@ -1,9 +1,10 @@
 """Costs of stages on this machine, fitted to short runs, and what they say of other runs.
 
-    stage seconds = a work  +  b calls devices  +  where the model is cut: c calls devices  +  w work, up to a device a core
+    stage seconds = a work  +  s work / devices  +  b calls devices
+                    where the model is cut  +  c calls devices  +  w work, up to one device a core
 
 Work is what the stage computes: tokens of its microbatches, padding included; decode steps times slots.  Calls are its
-microbatches or dispatches: b is what it costs to dispatch to one more device, c that device's share of the collectives,
+microbatches or dispatches.  s is work that a device does not spread over all cores, b what it costs to dispatch to one more device, c that device's share of the collectives,
 w what devices idle that wait for each other in a collective while no other device is there to use their core (measured
 here: two devices with fsdp take 1.5 to 2 times as long as two replicas or four devices with fsdp).
 Coefficients are of at least 0, by least absolute deviations over the runs; one more must lower these by a twentieth
@@ -192,14 +193,14 @@ class Measured:
   def _devices(self, config: RunConfig, stage: Stage) -> int:
     return len(config.seats[self._role(config, stage)].devices)
 
-  def _features(self, config: RunConfig, stage: Stage) -> tuple[float, float, float, float]:
+  def _features(self, config: RunConfig, stage: Stage) -> tuple[float, ...]:
     """What the law's coefficients are multiplied by."""
     work = self._rollouts.work(config.rollout)
     devices = self._devices(config, stage)
     cut = devices > config.seats[self._role(config, stage)].parallel.mesh.data
     match stage:
       case Stage.SCORE:
-        return work.rollouts, 0.0, 0.0, 0.0
+        return work.rollouts, 0.0, 0.0, 0.0, 0.0
       case Stage.SYNC | Stage.TO_HOST | Stage.FROM_HOST:
         calls, units = 1.0, 1.0
       case Stage.GENERATE:
@@ -207,7 +208,8 @@ class Measured:
       case _:
         calls = microbatches(config, self._phase, work, self._trained)
         units = calls * config.packing.rows * config.packing.length
-    return units, calls * devices, calls * devices * cut, units * (cut and devices <= self.capacity)
+    idles = cut and devices <= self.capacity
+    return units, units / devices, calls * devices, calls * devices * cut, units * idles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
