@@ -54,6 +54,8 @@ def main(config: RunConfig) -> None:
   phase = FLAGS.phase or ("rlhf" if config.rlhf.steps else "rl")
   if not config.phase(phase).steps:
     raise ConfigError(f"{phase}.steps=0: there is no such phase to plan for")
+  if FLAGS.apply and not FLAGS.apply.endswith(".py"):
+    raise ConfigError(f"--apply={FLAGS.apply}: must be a Python file, such as configs/placed.py")
   if FLAGS.measured:
     compare(phase)
     return

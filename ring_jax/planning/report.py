@@ -8,7 +8,7 @@ from typing import Any
 from configs.loading import differences
 from configs.parallel import AXES
 from configs.placement import num_devices
-from configs.schema import ConfigError, RunConfig
+from configs.schema import RunConfig
 from sharding.placement import Placement
 from sharding.planner import Estimate, Ranking
 
@@ -181,8 +181,6 @@ def config_file(base: str, target: pathlib.Path, where: str, found: Estimate, ov
     target: where the text will be written to; finds `base` from there.
     overrides: from the base, as it is in its file, to the candidate.
   """
-  if target.suffix != ".py":
-    raise ConfigError(f"--apply={target}: must be a Python file, such as configs/placed.py")
   return _FILE.format(
     name=found.config.name,
     where=where,

@@ -5,8 +5,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
+
+import pytest
 
 from configs import loading
+from configs.schema import ConfigError
+from ring_jax.launch import plan
+from tests.planning import rlhf_run
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN = "tests/planning/rlhf_run.py"
@@ -50,15 +56,32 @@ def test_the_winner_as_json_and_as_a_config_file(tmp_path):
   assert placed == loading.override(loading.load(ROOT / RUN), found["overrides"] | {"rlhf.stream": "32"})
 
 
-def test_what_does_not_fit_and_mistakes():
-  large = command("--config=configs/ring_1t.py", "--topology=v5e:2x2")
-  assert large.returncode == 1 and "nothing fits" in large.stdout and "GiB a device" in large.stdout, large.stderr
-  for arguments, says in (
-    ([f"--config={RUN}"], "--topology is missing"),
-    ([f"--config={RUN}", "--topology=v5e:2x4", "--phase=rl"], "rl.steps=0"),
-    ([f"--config={RUN}", "--topology=2*v5e:2x4"], "one slice at a time"),
-    ([f"--config={RUN}", "--measured=a"], "--measured: needs --calibrate"),
-    ([f"--config={RUN}", "--calibrate=/nowhere", "--devices=8"], "/nowhere"),
-  ):
-    done = command(*arguments)
-    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+def test_what_does_not_fit_ends_with_status_1_and_says_by_how_much():
+  done = command("--config=configs/ring_1t.py", "--topology=v5e:2x2")
+  assert done.returncode == 1 and "nothing fits" in done.stdout and "GiB a device" in done.stdout, done.stderr
+
+
+def test_a_mistake_is_one_line():
+  done = command(f"--config={RUN}")
+  assert done.returncode == 2 and "--topology is missing" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+  ("given", "says"),
+  [
+    ({"topology": "v5e:2x4", "phase": "rl"}, r"rl.steps=0"),
+    ({"topology": "2*v5e:2x4"}, "one slice at a time"),
+    ({"topology": "v5e:2x4", "devices": 8}, "--devices is for --calibrate"),
+    ({"topology": "v5e:2x4", "trace": "answers.jsonl", "mean": 9.0}, "--trace: contradicts --mean"),
+    ({"measured": ["a"]}, "--measured: needs --calibrate"),
+    ({"calibrate": ["/nowhere"]}, "give --devices=N"),
+    ({"calibrate": ["/nowhere"], "devices": 8}, "/nowhere: config.json cannot be read"),
+    ({"topology": "v5e:2x4", "apply": "placed.txt"}, "--apply=placed.txt: must be a Python file"),
+  ],
+)
+def test_flags_that_contradict_each_other(given, says, monkeypatch):
+  none = dict.fromkeys(("topology", "devices", "phase", "trace", "mean", "prompt_tokens", "apply"))
+  flags = none | {"sigma": 1.2, "calibrate": [], "measured": [], "top": 10, "json": False} | given
+  monkeypatch.setattr(plan, "FLAGS", types.SimpleNamespace(config=RUN, **flags))
+  with pytest.raises(ConfigError, match=says):
+    plan.main(rlhf_run.get_config())

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from configs import ring_mini
@@ -14,9 +15,12 @@ from ring_jax.compiled.programs import Kind
 from ring_jax.planning import roofline
 from ring_jax.planning.holdings import holdings
 from ring_jax.planning.rollouts import Rollouts, microbatches
+from ring_jax.train.programs import Programs, Tokens
 from rollout.simulator.lengths import Generator, Shape, Trace
 from sharding.hardware import chip_named
+from sharding.mesh import make_mesh
 from sharding.planner import Stage, estimate, tightest
+from sharding.topology import Topology
 from tests.planning import rlhf_run
 
 CHIP = chip_named("v5p")
@@ -104,6 +108,21 @@ def test_weights_of_roles_are_those_of_their_trees():
   assert holdings(config, "rlhf", Role.REFERENCE).optimizer == 0
   engine = memory.of(config, Kind.DECODE, "decode")
   assert holdings(config, "rlhf", Role.ROLLOUT).cache == engine["kv_cache"] > 0
+
+
+@pytest.mark.pods
+def test_a_forward_pass_over_packed_rows_needs_what_the_formula_says():
+  """What frozen roles run, of Ring-mini with four layers on four chips, by the TPU compiler."""
+  config = ring_mini_v5p.get_config()
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_hidden_layers=4))
+  mesh = make_mesh(config.model.parallel.mesh, Topology.parse("v5p:2x2x1").devices())
+  programs = Programs(config, np.ones(config.model.vocab_size, bool), {}, mesh)
+  ints = jax.ShapeDtypeStruct((config.packing.rows, config.packing.length), np.int32)
+  arguments = (ring_model.abstract_params(config.model, mesh), Tokens(*[ints] * len(Tokens._fields)))
+  needed = programs.logprobs.lower(*arguments).compile().memory_analysis()
+  predicted = sum(memory.frozen(config.model, config.packing, head=True).values())
+  compiled = needed.argument_size_in_bytes + needed.temp_size_in_bytes + needed.output_size_in_bytes
+  assert predicted == pytest.approx(compiled, rel=0.1)
 
 
 def frozen_bytes(config):
