@@ -5,7 +5,7 @@
                         actor + critic | engine + what judges          actor | critic | engine + what judges
                         actor + critic | engine | what judges          actor | critic | engine | what judges
                     The shadow critic is always with the engine, its host.
-    trainer         experts over up to 64 devices and the rest fsdp;  fsdp alone
+    trainer         experts over up to 64 devices and the rest fsdp;  replicas;  fsdp alone
     engine          replicas with experts over up to 64 or 8 devices and all other weights whole, or heads over 4;
                     everything cut as in training, and gathered at each token
     memory          placement.switching where trainer and engine share devices; `saving`: optimizer state and layer inputs
@@ -60,19 +60,21 @@ def naive(config: RunConfig, devices: int) -> RunConfig:
   Raises:
     ConfigError: the model cannot be cut so.
   """
-  layout = trainer_layouts(config.model, devices)[-1]
+  power = devices & -devices
+  layout = _layout(config.model, MeshConfig(devices // power, power), ShardingRules())
   return _placed(config, PlacementConfig(), layout, layout)
 
 
 def trainer_layouts(model: ModelConfig, devices: int) -> list[ParallelConfig]:
-  """From the most expert parallelism to none: fsdp alone is the last.
+  """From the most expert parallelism to none.
 
   Raises:
     ConfigError: the model cannot be cut so.
   """
   power = devices & -devices
   expert = math.gcd(math.gcd(power, model.num_experts), _EXPERT_PARALLEL[0])
-  meshes = [MeshConfig(devices // power, power // expert, expert), MeshConfig(devices // power, power)]
+  odd = devices // power
+  meshes = [MeshConfig(odd, power // expert, expert), MeshConfig(data=devices), MeshConfig(odd, power)]
   layouts = _valid(model, (_layout(model, mesh, ShardingRules()) for mesh in dict.fromkeys(meshes)))
   if not layouts:
     raise ConfigError(f"{devices} devices: no layout of the trainer cuts the model into equal parts")

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from configs import placement as placing
-from configs.base import Enum
+from configs.base import ConfigError, Enum
 from configs.objective import Advantage, Denominator, Reward
 from configs.optimizer import Memory
 from configs.placement import Role, Strategy, Switching
@@ -85,7 +85,7 @@ class CostModel(Protocol):
 
   def generation(self, config: RunConfig, parts: int) -> Generation: ...
 
-  def price(self, config: RunConfig, phase: Stage, generation: Generation) -> Price:
+  def price(self, config: RunConfig, stage: Stage) -> Price:
     """Of all of a step's work in a stage other than `generate`."""
 
   def holdings(self, config: RunConfig, role: Role) -> Holdings: ...
@@ -184,15 +184,17 @@ def parts_of(rl: RLConfig, rollouts: float) -> int:
 
 
 def estimate(config: RunConfig, phase: str, costs: CostModel) -> Estimate:
-  """Args:
-  config: with the placement in question.
-  phase: rl or rlhf.
+  """What a step takes, and why.
+
+  Args:
+    config: with the placement in question.
+    phase: rl or rlhf.
   """
   needs = work(config, phase)
   generation = costs.generation(config, 1)
   if (parts := parts_of(config.phase(phase), generation.rollouts)) > 1:
     generation = costs.generation(config, parts)
-  prices = {one: costs.price(config, one, generation) for one in needs if one is not Stage.GENERATE}
+  prices = {one: costs.price(config, one) for one in needs if one is not Stage.GENERATE}
   prices[Stage.GENERATE] = generation.price
   seats = config.seats
   groups, of_role = groups_of({role: seat.devices for role, seat in seats.items()})
@@ -206,7 +208,7 @@ def estimate(config: RunConfig, phase: str, costs: CostModel) -> Estimate:
     config=config,
     seconds=(end - start) / count,
     tokens=generation.tokens,
-    path=_by_phase(timeline.path(last), start, end, count),
+    path=_by_stage(timeline.path(last), start, end, count),
     prices={one: prices[one] for one in Stage if one in prices},
     idle={
       group: 1 - timeline.busy(index, start, end) / (end - start) if end > start else 0.0
@@ -287,7 +289,7 @@ def _lasts(tasks: Sequence[Task]) -> list[list[str]]:
   return found
 
 
-def _by_phase(path: Sequence[Span], start: float, end: float, count: int) -> dict[Stage, float]:
+def _by_stage(path: Sequence[Span], start: float, end: float, count: int) -> dict[Stage, float]:
   found: dict[Stage, float] = {}
   for span in path:
     inside = min(span.end, end) - max(span.start, start)
@@ -356,8 +358,12 @@ def search(config: RunConfig, phase: str, devices: int, costs: CostModel, may_ch
 
 
 def naive_estimate(config: RunConfig, phase: str, devices: int, costs: CostModel, may_change: bool) -> Estimate | None:
-  """Of all models as one entity (`candidates.naive`); None where that does not fit."""
-  fitted, _ = _fitted(naive(config, devices), phase, costs, may_change)
+  """Of all models as one entity (`candidates.naive`); None where the model cannot be cut so, or does not fit."""
+  try:
+    entity = naive(config, devices)
+  except ConfigError:
+    return None
+  fitted, _ = _fitted(entity, phase, costs, may_change)
   return estimate(fitted, phase, costs) if fitted else None
 
 

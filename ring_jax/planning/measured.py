@@ -164,7 +164,7 @@ class Measured:
     work = self._rollouts.work(config.rollout)
     return Generation(self._price(config, Stage.GENERATE), work.parts(parts), work.rollouts, work.tokens)
 
-  def price(self, config: RunConfig, stage: Stage, generation: Generation) -> Price:
+  def price(self, config: RunConfig, stage: Stage) -> Price:
     price = self._price(config, stage)
     return dataclasses.replace(price, seconds=price.seconds + self._rest) if stage is Stage.SYNC else price
 

@@ -93,7 +93,7 @@ class Roofline:
     bound = max(times, key=times.get)
     return Generation(Price(sum(times.values()), bound), work.parts(parts), work.rollouts, work.tokens)
 
-  def price(self, config: RunConfig, stage: Stage, generation: Generation) -> Price:
+  def price(self, config: RunConfig, stage: Stage) -> Price:
     work = self._rollouts.work(config.rollout)
     seats = config.seats
     shadow = Role.SHADOW_CRITIC if Role.SHADOW_CRITIC in seats else Role.CRITIC

@@ -69,7 +69,7 @@ def test_a_known_law_comes_back_and_predicts_another_number_of_devices(runs, mon
   generation = costs.generation(other, 1)
   assert generation.price.seconds == pytest.approx(law(2, True)["rollout"], rel=0.02)
   for stage, name in ((Stage.TRAIN, "train"), (Stage.VALUES, "values"), (Stage.LOGP, "logp")):
-    assert costs.price(other, stage, generation).seconds == pytest.approx(law(2, True)[name], rel=0.02)
+    assert costs.price(other, stage).seconds == pytest.approx(law(2, True)[name], rel=0.02)
 
 
 def test_devices_that_share_cores_gain_nothing_by_working_at_the_same_time(runs, monkeypatch):
@@ -89,12 +89,11 @@ def test_one_run_gives_work_alone_and_what_no_run_timed_is_an_error(tmp_path):
   )
   costs = measured.Measured([run], "rlhf")
   assert not any(costs.laws[Stage.TRAIN][1:]) and run.step_seconds == 3.5
-  generation = costs.generation(laid_out(8), 1)
-  assert costs.price(laid_out(8), Stage.TRAIN, generation).seconds == pytest.approx(2.0, rel=1e-3)
+  assert costs.price(laid_out(8), Stage.TRAIN).seconds == pytest.approx(2.0, rel=1e-3)
   # What a step took beside its stages stays.
-  assert costs.price(laid_out(8), Stage.SYNC, generation).seconds == pytest.approx(0.4, abs=1e-3)
+  assert costs.price(laid_out(8), Stage.SYNC).seconds == pytest.approx(0.4, abs=1e-3)
   with pytest.raises(ConfigError, match="no run has seconds/critic for critic"):
-    costs.price(laid_out(8), Stage.CRITIC, generation)
+    costs.price(laid_out(8), Stage.CRITIC)
 
 
 def test_what_cannot_be_fitted_says_so(tmp_path):

@@ -64,11 +64,10 @@ def test_compute_bound_stages_take_their_flops_at_the_stated_efficiency():
   config = dataclasses.replace(base, rl=rl)
   rollouts = Rollouts(Generator(Shape.LOGNORMAL, mean=8192, cap=30_720, prompt_tokens=512).draw)
   costs = roofline.Roofline(CHIP, "rl", rollouts)
-  generation = costs.generation(config, 1)
   work = rollouts.work(config.rollout)
   tokens = microbatches(config, "rl", work) * config.packing.rows * config.packing.length
   assert work.positions < tokens < 1.1 * work.positions
-  logp, train = (costs.price(config, stage, generation) for stage in (Stage.LOGP, Stage.TRAIN))
+  logp, train = (costs.price(config, stage) for stage in (Stage.LOGP, Stage.TRAIN))
   token = flops.forward(config.model, work.attended) + flops.head(config.model)
   assert logp.bound == train.bound == "flops"
   assert logp.seconds == pytest.approx(tokens * token / 4 / (CHIP.flops * roofline.FLOPS))

@@ -41,7 +41,7 @@ class Fixed:
     ended = tuple((part + 1) / parts for part in range(parts))
     return Generation(Price(self._seconds[Stage.GENERATE], "hbm"), ended, self._rollouts, 1000.0)
 
-  def price(self, config, stage, generation):
+  def price(self, config, stage):
     return Price(self._seconds[stage], "flops")
 
   def holdings(self, config, role):
@@ -200,5 +200,6 @@ def test_the_naive_candidate_gathers_its_weights_at_each_token():
   found = candidates.naive(rlhf_run.get_config(), 8)
   assert found.seats[Role.ROLLOUT] == found.seats[Role.ACTOR] == found.seats[Role.REWARD]
   assert found.model.parallel.mesh == MeshConfig(fsdp=8)
-  with pytest.raises(ConfigError, match="64 devices: no layout of the trainer"):
+  with pytest.raises(ConfigError, match="cannot be cut into 64 equal parts"):
     candidates.naive(rlhf_run.get_config(), 64)
+  assert planner.naive_estimate(rlhf_run.get_config(), "rlhf", 64, Fixed(), False) is None
