@@ -34,16 +34,16 @@ _SIZES = (1, 2, 4, 6)  # of these
 _JUDGES = (Role.REFERENCE, Role.REWARD)
 
 
-def candidates(config: RunConfig, devices: int, most_slots: bool) -> Iterator[RunConfig]:
+def candidates(config: RunConfig, devices: int, may_change: bool) -> Iterator[RunConfig]:
   """All of them.
 
   Args:
-    most_slots: whether each has as many slots as there are rollouts in flight, for `fewer_slots` to go down from; else
-      the config's.
+    may_change: whether each has as many slots as there are rollouts in flight, for `fewer_slots` to go down from, and both
+      forms of switching are tried; else the config's.
   """
-  if most_slots:
+  if may_change:
     config = _with_slots(config, config.rollout.pool)
-  yield from _together(config, devices)
+  yield from _together(config, devices, list(Switching) if may_change else [config.placement.switching])
   yield from _apart(config, devices)
 
 
@@ -109,7 +109,7 @@ def _valid(model: ModelConfig, layouts: Iterable[ParallelConfig]) -> list[Parall
   return found
 
 
-def _together(config: RunConfig, devices: int) -> Iterator[RunConfig]:
+def _together(config: RunConfig, devices: int, switchings: Sequence[Switching]) -> Iterator[RunConfig]:
   strategies = [Strategy.COLOCATED]
   if config.roles >= set(_JUDGES) and devices % 2 == 0:
     strategies.append(Strategy.INTERLEAVING)
@@ -119,7 +119,7 @@ def _together(config: RunConfig, devices: int) -> Iterator[RunConfig]:
     trainer_layouts(config.model, devices),
     engine_layouts(config.model, devices),
     # A part of the answers is trained on while others are drawn: nothing can leave.
-    [Switching.KEEP] if stream else Switching,
+    [Switching.KEEP] if stream else switchings,
   )
   for strategy, actor, engine, switching in choices:
     yield from _tried(config, PlacementConfig(strategy, switching=switching), actor, engine)

@@ -334,12 +334,12 @@ def search(config: RunConfig, phase: str, devices: int, costs: CostModel, may_ch
 
   Args:
     phase: rl or rlhf.
-    may_change: whether slots may become more, or fewer, and optimizer state and layer inputs go to the host where a
+    may_change: whether slots may become more, or fewer, placement.switching another, and optimizer state and layer inputs go to the host where a
       candidate does not fit otherwise.
   """
   found: list[Estimate] = []
   misses: dict[Strategy, list[Tightest]] = {}
-  for candidate in candidates(config, devices, most_slots=may_change):
+  for candidate in candidates(config, devices, may_change):
     fitted, nearest = _fitted(candidate, phase, costs, may_change)
     if fitted is None:
       misses.setdefault(candidate.placement.strategy, []).append(nearest)

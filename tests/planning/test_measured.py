@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from configs.schema import ConfigError, MeshConfig, ParallelConfig, PlacementConfig, Strategy, to_dict
+from configs.schema import ConfigError, MeshConfig, ParallelConfig, PlacementConfig, Strategy, Switching, to_dict
 from ring_jax.planning import measured
-from sharding.planner import Stage
+from sharding.planner import Stage, search
 from tests.planning import rlhf_run
 
 STAGES = ("rollout", "score", "logp", "reference", "reward", "values", "train", "critic", "sync")
@@ -70,6 +70,15 @@ def test_a_known_law_comes_back_and_predicts_another_number_of_devices(runs, mon
   assert generation.price.seconds == pytest.approx(law(2, True)["rollout"], rel=0.02)
   for stage, name in ((Stage.TRAIN, "train"), (Stage.VALUES, "values"), (Stage.LOGP, "logp")):
     assert costs.price(other, stage).seconds == pytest.approx(law(2, True)[name], rel=0.02)
+
+
+def test_every_placement_of_the_run_can_be_ranked(runs):
+  """Only the config's own switching and slots: of others nothing was measured."""
+  ranking = search(laid_out(8), "rlhf", 8, measured.Measured(runs, "rlhf"), may_change=False)
+  assert {one.config.placement.strategy for one in ranking.estimates} == {
+    Strategy.COLOCATED, Strategy.INTERLEAVING, Strategy.DISAGGREGATED,
+  }  # fmt: skip
+  assert {one.config.placement.switching for one in ranking.estimates} == {Switching.KEEP}
 
 
 def test_devices_that_share_cores_gain_nothing_by_working_at_the_same_time(runs, monkeypatch):

@@ -143,7 +143,7 @@ def test_without_critic_reference_and_reward_model_their_stages_are_gone():
 @pytest.mark.parametrize("devices", [1, 2, 6, 8])
 def test_every_candidate_is_a_run_and_covers_the_devices(devices):
   base = rlhf_run.get_config()
-  found = list(candidates.candidates(base, devices, most_slots=True))
+  found = list(candidates.candidates(base, devices, may_change=True))
   strategies = {one.placement.strategy for one in found}
   assert Strategy.COLOCATED in strategies and (Strategy.INTERLEAVING in strategies) == (devices % 2 == 0)
   assert (Strategy.DISAGGREGATED in strategies) == (devices > 1)
@@ -160,12 +160,13 @@ def test_every_candidate_is_a_run_and_covers_the_devices(devices):
 
 
 def test_splits_give_roles_devices_of_their_own():
-  found = list(candidates.candidates(rlhf_run.get_config(), 8, most_slots=False))
+  found = list(candidates.candidates(rlhf_run.get_config(), 8, may_change=False))
   own = {
     tuple(role for role in (Role.CRITIC, Role.REFERENCE) if getattr(one.placement, role))
     for one in found
     if one.placement.strategy is Strategy.DISAGGREGATED
   }
+  assert {one.placement.switching for one in found} == {Switching.KEEP}
   assert own == {(), (Role.CRITIC,), (Role.REFERENCE,), (Role.CRITIC, Role.REFERENCE)}
   assert {len(one.seats[Role.ACTOR].devices) for one in found} >= {1, 2, 4, 6, 8}
 
