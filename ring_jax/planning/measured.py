@@ -5,8 +5,8 @@
 
 Work is what the stage computes: tokens of its microbatches, padding included; decode steps times slots.  Calls are its
 microbatches or dispatches.  s is work that a device does not spread over all cores, b what it costs to dispatch to one more device, c that device's share of the collectives,
-w what devices idle that wait for each other in a collective while no other device is there to use their core (measured
-here: two devices with fsdp take 1.5 to 2 times as long as two replicas or four devices with fsdp).
+w what devices idle that wait for each other in a collective while no other device is there to use their core (seen in
+runs on two cores: training with fsdp on two devices took 1.5 to 2.4 times as long as on two replicas, or with fsdp on four).
 Coefficients are of at least 0, by least absolute deviations over the runs; one more must lower these by a twentieth
 (rollout/simulator/calibration.py), so that a single run gives a alone.
 

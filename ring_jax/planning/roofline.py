@@ -10,9 +10,9 @@ hbm, or by the host's link where the state waits there.  An engine reads of a la
 choose: with n tokens in the exchange 1 - (1 - k/E)^n of them.  Weights travel to the engine in its own dtype; on the
 same devices over all links, between different ones over one.
 
-The efficiencies are this file's only free numbers.  They are taken from published training runs of mixture-of-experts models on
-TPU (jax_practice.md section 4: 35% to 53% of the peak) and are not measured here: factors between placements are worth
-more than seconds.
+The efficiencies are this file's only free numbers, and none is measured here.  That of arithmetic lies within published
+training runs of mixture-of-experts models on TPU (jax_practice.md section 4: 35% to 53% of the peak); those of memory, links
+and host, the latency and the dispatch are assumed.  Factors between placements are worth more than seconds.
 """
 
 import dataclasses
