@@ -20,7 +20,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from configs.schema import ConfigError, Enum, ModelConfig, RunConfig
+from configs.schema import ConfigError, Enum, ModelConfig, RunConfig, to_dict
 
 
 def load(path: str | pathlib.Path) -> RunConfig:
@@ -59,6 +59,11 @@ def override(config: RunConfig, overrides: Mapping[str, str]) -> RunConfig:
   for path, text in overrides.items():
     _insert(patch, path, text)
   return _patched(RunConfig, config, patch, "")
+
+
+def differences(before: RunConfig, after: RunConfig) -> dict[str, str]:
+  """The overrides that make the one config of the other."""
+  return _differences(to_dict(before), to_dict(after), "")
 
 
 def from_dict(data: Mapping[str, Any]) -> RunConfig:
@@ -109,6 +114,17 @@ def _insert(patch: dict[str, Any], path: str, text: str) -> None:
   if last in patch:
     raise ConfigError(f"{path}: overridden twice, or as a whole and in part")
   patch[last] = text
+
+
+def _differences(before: Any, after: Any, path: str) -> dict[str, str]:
+  if before == after:
+    return {}
+  if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+    changes: dict[str, str] = {}
+    for name in after:
+      changes |= _differences(before[name], after[name], f"{path}.{name}".lstrip("."))
+    return changes
+  return {path: after if isinstance(after, str) else json.dumps(after)}
 
 
 def _patched(kind: Any, old: Any, patch: Any, path: str) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from configs.parallel import ExpertParallel, MeshConfig, ParallelConfig, ShardingRules
-from configs.schema import Memory, Remat, RunConfig, YarnConfig
+from configs.schema import Memory, ModelConfig, Remat, RunConfig, YarnConfig
 
 # What an MoE layer handles at a time: tokens times their width.
 _CHUNK_NUMBERS = 4096 * 2048
@@ -26,16 +26,16 @@ def spread(
   train = ParallelConfig(
     MeshConfig(fsdp=fsdp, expert=expert),
     expert_parallel=ExpertParallel.ALL_TO_ALL if expert > 1 else ExpertParallel.LOCAL,
-    moe_chunk=max(_CHUNK_NUMBERS // config.model.hidden_size, 1),
+    moe_chunk=moe_chunk(config.model),
   )
   model = dataclasses.replace(config.model, parallel=train, remat=Remat.OFFLOAD if small else config.model.remat)
-  slots = _rounded(slots or config.rollout.slots, devices)
+  slots = rounded(slots or config.rollout.slots, devices)
   rollout = dataclasses.replace(
     config.rollout,
     parallel=dataclasses.replace(train, rules=ShardingRules(embed=() if whole else ("fsdp",))),
     slots=slots,
     pool=max(config.rollout.pool, slots),
-    prefill_batch=_rounded(config.rollout.prefill_batch, devices),
+    prefill_batch=rounded(config.rollout.prefill_batch, devices),
   )
   rl = config.rl
   if small:
@@ -46,7 +46,7 @@ def spread(
     rl=rl,
     rollout=rollout,
     packing=dataclasses.replace(config.packing, rows=devices),
-    eval=dataclasses.replace(config.eval, slots=_rounded(config.eval.slots, devices)),
+    eval=dataclasses.replace(config.eval, slots=rounded(config.eval.slots, devices)),
   )
 
 
@@ -64,5 +64,11 @@ def at_length(config: RunConfig, length: int) -> RunConfig:
   )
 
 
-def _rounded(value: int, parts: int) -> int:
+def moe_chunk(model: ModelConfig) -> int:
+  """Tokens of a device that an MoE layer takes at a time."""
+  return max(_CHUNK_NUMBERS // model.hidden_size, 1)
+
+
+def rounded(value: int, parts: int) -> int:
+  """Up to a multiple of `parts`."""
   return -(-value // parts) * parts

@@ -10,6 +10,7 @@ Source of the RL fields: Ring-1T sections 2.3 and 2.4 (papers.md 1.2, 1.4, 1.5).
 """
 
 import dataclasses
+import functools
 
 from configs import placement as placing
 from configs.base import ConfigError, Enum, coerce_enum, require, to_dict
@@ -269,6 +270,10 @@ class RunConfig:
       f"{name}.reward=model: the reward model is trained after reasoning RL, for rlhf, and needs reward_model.steps > 0",
     )
 
+  def phase(self, name: str) -> RLConfig:
+    """Of RL: rl or rlhf."""
+    return {"rl": self.rl, "rlhf": self.rlhf}[name]
+
   @property
   def roles(self) -> frozenset[Role]:
     """Of all phases that have steps."""
@@ -276,7 +281,7 @@ class RunConfig:
     apart = self.placement.strategy is Strategy.DISAGGREGATED or Role.SHADOW_CRITIC in self.placement.devices
     return found | {Role.SHADOW_CRITIC} if apart and Role.CRITIC in found else found
 
-  @property
+  @functools.cached_property
   def seats(self) -> placing.Seats:
     """The devices and the layout of every role."""
     rollout = self.rollout.parallel or self.model.parallel

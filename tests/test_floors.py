@@ -20,6 +20,7 @@ FLOORS = {
   "parity.run": 5,  # a command
   "ring_jax.train": 4,
   "ring_jax.compiled": 4,
+  "ring_jax.planning": 4,
   "ring_jax.launch": 5,
 }
 CONTROL = (

@@ -9,12 +9,11 @@ What is tried are the slices that are offered of each chip, up to a whole pod.
 
 import dataclasses
 import functools
-import json
 import math
-from typing import Any
 
+from configs.loading import differences
 from configs.scaling import spread
-from configs.schema import ConfigError, RunConfig, to_dict
+from configs.schema import ConfigError, RunConfig
 from ring_jax.compiled import memory
 from ring_jax.compiled.programs import Kind
 from sharding.hardware import Chip
@@ -39,7 +38,7 @@ def laid_out(config: RunConfig, topology: Topology) -> tuple[RunConfig, dict[str
   changed = layout(small=small)
   while changed.rollout.slots > devices and not fits(changed, Kind.DECODE):
     changed = layout(small=small, slots=changed.rollout.slots // 2)
-  return changed, _overrides(to_dict(config), to_dict(changed), "")
+  return changed, differences(config, changed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +79,3 @@ def candidates(config: RunConfig, kind: Kind, chip: Chip) -> list[Candidate]:
       return found
   needs = f"; {found[-1].topology} would need {found[-1].hbm_bytes / 2**30:.1f} GiB a device" if found else ""
   raise ConfigError(f"{config.name}: {kind} fits no slice of {chip.name}{needs}")
-
-
-def _overrides(before: Any, after: Any, path: str) -> dict[str, str]:
-  """Dotted paths to what differs, as a command line takes it."""
-  if before == after:
-    return {}
-  if isinstance(before, dict) and isinstance(after, dict):
-    changes: dict[str, str] = {}
-    for name in after:
-      changes |= _overrides(before[name], after[name], f"{path}.{name}".lstrip("."))
-    return changes
-  return {path: after if isinstance(after, str) else json.dumps(after)}

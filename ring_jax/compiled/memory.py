@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from configs.parallel import AXES, ParallelConfig
-from configs.schema import Memory, ModelConfig, Remat, RunConfig
+from configs.schema import Memory, ModelConfig, PackingConfig, Remat, RolloutConfig, RolloutDtype, RunConfig
 from ring_jax import model as ring_model
 from ring_jax.compiled.programs import Kind
 from ring_jax.compiled.report import device_bytes
@@ -38,7 +38,7 @@ def of(config: RunConfig, kind: Kind, name: str) -> dict[str, int]:
   """Bytes by what they are, as in `report.Report`, of one program."""
   if kind is Kind.TRAIN_STEP:
     return _gradients(config) if name == "gradients" else _update(config)
-  return _rollout(config, kind)
+  return _rollout(config.model, config.rollout, kind)
 
 
 def _mesh(parallel: ParallelConfig) -> AbstractMesh:
@@ -46,26 +46,66 @@ def _mesh(parallel: ParallelConfig) -> AbstractMesh:
 
 
 def _gradients(config: RunConfig) -> dict[str, int]:
-  parallel = config.model.parallel
-  params = device_bytes(ring_model.abstract_params(config.model, _mesh(parallel)))
-  tokens = config.packing.rows * config.packing.length // parallel.batch_parts
-  waits = config.rl.optimizer.memory is Memory.HOST
+  parts = trained(config.model, config.packing, config.rl.optimizer.memory, head=True)
   return {
-    "parameters": params,
-    "batch": 9 * 4 * tokens,
-    "output": params,  # the gradients
-    "resident": 0 if waits else 2 * params,
-    "temp": _training_temp(config.model, tokens),
+    "parameters": parts["parameters"],
+    "batch": parts["batch"],
+    "output": parts["parameters"],  # the gradients
+    "resident": parts["optimizer"],
+    "temp": parts["temp"],
   }
 
 
 def _update(config: RunConfig) -> dict[str, int]:
-  model = config.model
-  params = device_bytes(ring_model.abstract_params(model, _mesh(model.parallel)))
-  if config.rl.optimizer.memory is Memory.DEVICE:
-    return {"parameters": params, "optimizer": 2 * params, "gradients": params, "temp": 0}
-  # The state comes layer by layer: two numbers each, before and after, and the next layer's meanwhile.
-  return {"parameters": params, "gradients": params, "temp": 8 * params // model.num_hidden_layers}
+  memory = config.rl.optimizer.memory
+  parts = trained(config.model, config.packing, memory, head=True)
+  params = parts["parameters"]
+  return {
+    "parameters": params,
+    "optimizer": parts["optimizer"],
+    "gradients": params,
+    "temp": _update_temp(params, config.model, memory),
+  }
+
+
+def _update_temp(params: int, model: ModelConfig, memory: Memory) -> int:
+  """State at the host comes layer by layer: two numbers each, before and after, and the next layer's meanwhile."""
+  return 0 if memory is Memory.DEVICE else 8 * params // model.num_hidden_layers
+
+
+@functools.cache
+def trained(model: ModelConfig, packing: PackingConfig, memory: Memory, head: bool) -> dict[str, int]:
+  """Of a role that is trained: what it holds always, and what gradients need beside and `update` instead of that.
+
+  Args:
+    head: whether it is the actor, with lm_head and MTP layer; else the critic, whose head is a vector.
+  """
+  params = _stored(model, head)
+  tokens = packing.rows * packing.length // model.parallel.batch_parts
+  return {
+    "parameters": params,
+    "optimizer": 0 if memory is Memory.HOST else 2 * params,
+    "batch": 9 * 4 * tokens,
+    "temp": _training_temp(model, tokens),
+    "update": _update_temp(params, model, memory),
+  }
+
+
+@functools.cache
+def frozen(model: ModelConfig, packing: PackingConfig, head: bool) -> dict[str, int]:
+  """Of a role that only judges; its programs are forward passes over packed rows."""
+  tokens = packing.rows * packing.length // model.parallel.batch_parts
+  cast = _layers_bytes(model) if model.param_dtype != model.dtype else 0
+  return {
+    "parameters": _stored(model, head),
+    "batch": 4 * 4 * tokens,
+    "temp": _prefill_temp(model, tokens) + cast,
+  }
+
+
+def _stored(model: ModelConfig, head: bool) -> int:
+  params = ring_model.abstract_params(model, _mesh(model.parallel))
+  return device_bytes({name: part for name, part in params.items() if head or name not in ("lm_head", "mtp")})
 
 
 def _training_temp(model: ModelConfig, tokens: int) -> int:
@@ -91,17 +131,14 @@ def _gathered(model: ModelConfig) -> int:
   return jnp.dtype(model.dtype).itemsize * numbers
 
 
-def _rollout(config: RunConfig, kind: Kind) -> dict[str, int]:
+@functools.cache
+def _rollout(trained: ModelConfig, rollout: RolloutConfig, kind: Kind) -> dict[str, int]:
   """Prefill, decode, and the hand-over, which holds both forms of the weights."""
-  rollout = config.rollout
-  model = engine.computed_model(config.model, rollout)
+  model = engine.computed_model(trained, rollout)
   mesh = _mesh(model.parallel)
-  pack = functools.partial(weights.pack, dtype=rollout.dtype)
-  with jax.sharding.use_abstract_mesh(mesh):
-    stored = device_bytes(jax.eval_shape(pack, ring_model.abstract_params(model, mesh)))
+  stored = _packed(model, rollout.dtype)
   if kind is Kind.TRANSFER:
-    trained = device_bytes(ring_model.abstract_params(config.model, _mesh(config.model.parallel)))
-    return {"parameters": trained, "output": stored, "temp": 0}
+    return {"parameters": _stored(trained, head=True), "output": stored, "temp": 0}
   length = engine.bucket(rollout.max_len)
   cache = jax.eval_shape(lambda: init_cache(model, rollout.slots, length, min(rollout.page_size, length)))
   held = device_bytes(jax.tree.map(
@@ -118,6 +155,16 @@ def _rollout(config: RunConfig, kind: Kind) -> dict[str, int]:
     "output": prefix,
     "temp": _prefill_temp(model, rows * length) + prefix,
   }
+
+
+@functools.cache
+def _packed(model: ModelConfig, dtype: RolloutDtype) -> int:
+  """The weights as the engine stores them."""
+  mesh = _mesh(model.parallel)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return device_bytes(
+      jax.eval_shape(functools.partial(weights.pack, dtype=dtype), ring_model.abstract_params(model, mesh))
+    )
 
 
 def _decode_temp(model: ModelConfig, slots: int) -> int:

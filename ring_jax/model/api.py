@@ -8,6 +8,7 @@
 A part whose count is 0 is absent.  Dimension key: B rows or slots, T positions, D hidden, V vocabulary.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from configs.schema import ModelConfig
+from configs.schema import ModelConfig, ParallelConfig
 from ring_jax.model.attention import KVCache
 from ring_jax.model.layers import logical_axes
 from ring_jax.model.transformer import ForwardOutput, RingModel
@@ -32,6 +33,11 @@ def _structure(config: ModelConfig):
   return nnx.split(nnx.eval_shape(lambda: RingModel(config, nnx.Rngs(params=0))))
 
 
+def _abstract(config: ModelConfig):
+  """Abstract state, which is the same on any mesh: whoever compares layouts traces it once."""
+  return _structure(dataclasses.replace(config, parallel=ParallelConfig()))[1]
+
+
 def _merge(config: ModelConfig, params: Params) -> RingModel:
   graph, abstract = _structure(config)
   state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one must stay abstract
@@ -44,7 +50,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
 
   Init, restore, conversion and hand-over take their shardings from this tree.
   """
-  abstract = nnx.to_pure_dict(_structure(config)[1])
+  abstract = nnx.to_pure_dict(_abstract(config))
   if mesh is None:
     return abstract
   placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
@@ -53,7 +59,7 @@ def abstract_params(config: ModelConfig, mesh: Mesh | None = None) -> Params:
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Params:
   """A `NamedSharding` for every parameter."""
-  axes = logical_axes(_structure(config)[1])
+  axes = logical_axes(_abstract(config))
   is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
   return jax.tree.map(lambda leaf: rules.named(mesh, config.parallel.rules, leaf), axes, is_leaf=is_axes)
 

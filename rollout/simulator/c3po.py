@@ -54,6 +54,7 @@ class C3POSimulation:
       raise ValueError(f"a trace of groups of {trace.group_size}, a scheduler of groups of {config.group_size}")
     self.scheduler = C3POScheduler(config, CountedRollout)
     self.clock = Clock(config, costs)
+    self.ended: dict[int, int] = {}  # by uid: the dispatch after which it ended
     self._recorder = Recorder("c3po", config.slots, costs, self.clock)
     self._trace, self._config = trace, config
     self._by_tokens = config.budget_counts is BudgetCounts.GENERATED
@@ -159,6 +160,7 @@ class C3POSimulation:
       drawn = range(self._trace.lengths[uid] - rollout.length)
       scheduler.record(uid, drawn, drawn, version)
       scheduler.finish(uid, FinishReason.STOP)
+      self.ended[uid] = target
 
   def _record_all(self, version: int) -> None:
     """Tells the scheduler of everything drawn so far."""

@@ -192,7 +192,7 @@ def _replay(run: Run) -> list[_Work]:
 def _prices(work: Sequence[_Work]) -> Costs:
   def line(seconds: str, *features: Any) -> tuple[float, float]:
     columns = np.array([[float(feature(one)) for feature in features] for one in work])
-    return _least_absolute(columns, np.array([getattr(one, seconds) for one in work]))
+    return least_absolute(columns, np.array([getattr(one, seconds) for one in work]))
 
   step, slot = line("decode_seconds", lambda one: one.steps, lambda one: one.busy)
   call, token = line("prefill_seconds", lambda one: one.calls, lambda one: one.prefill_tokens)
@@ -209,7 +209,7 @@ def _predict(costs: Costs, work: _Work) -> dict[str, float]:
   return {"rollout": rollout, "iteration": rollout + costs.sync + costs.update_seconds(work.trained)}
 
 
-def _least_absolute(features_NxF: np.ndarray, seconds_N: np.ndarray) -> tuple[float, ...]:
+def least_absolute(features_NxF: np.ndarray, seconds_N: np.ndarray) -> tuple[float, ...]:
   """Coefficients of at least 0 that minimise sum |features @ w - seconds|, the first feature's alone if it does as well."""
   best, least = np.zeros(features_NxF.shape[1]), np.inf
   for subset in range(1, 1 << features_NxF.shape[1]):

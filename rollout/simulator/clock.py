@@ -7,6 +7,8 @@ with n sequences and c tokens in their caches at the start, M steps take
     M step(n) + kv (c M + n M (M - 1) / 2)
 """
 
+import collections
+
 from configs.schema import RolloutConfig
 from rollout.simulator.costs import Costs
 
@@ -25,6 +27,8 @@ class Clock:
     self.dispatches = 0
     self.steps = 0
     self.busy = 0  # slot-steps with a sequence, its silent ones included
+    self.steps_by_active: collections.Counter[int] = collections.Counter()  # steps, by how many sequences they had
+    self.cached = 0  # tokens in the caches of these sequences, summed over the steps
     self.prefill_seconds = 0.0
     self.prefill_calls = 0
     self.prefill_sequences = 0
@@ -46,9 +50,10 @@ class Clock:
   def decode(self, dispatches: int, active: int, context: int) -> None:
     """`dispatches` of `active` sequences that hold `context` tokens together at the start."""
     steps = dispatches * self._steps_per_dispatch
-    seconds = steps * self._step_seconds[active]
-    if self._costs.decode_per_kv_token:
-      seconds += self._costs.decode_per_kv_token * (context * steps + active * (steps * (steps - 1) // 2))
+    cached = context * steps + active * (steps * (steps - 1) // 2)
+    seconds = steps * self._step_seconds[active] + self._costs.decode_per_kv_token * cached
+    self.steps_by_active[active] += steps
+    self.cached += cached
     self.dispatches += dispatches
     self.steps += steps
     self.busy += steps * active
