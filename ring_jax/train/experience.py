@@ -60,7 +60,7 @@ class Judges:
   """
 
   def __init__(self, config: RunConfig, name: str, roles: Roles, turns: Turns, score: Score):
-    self._name, self._phase, self._packing = name, getattr(config, name), config.packing
+    self._name, self._phase, self._packing = name, config.phase(name), config.packing
     self._roles, self._turns, self._score = roles, turns, score
 
   def __call__(self, rollouts: Sequence[Rollout], weights: Weights, shadow, span: Spans) -> Experience:

@@ -96,7 +96,7 @@ class Job:
           self._evaluate("start")
         self._sft_phase()
       last = "rlhf" if config.rlhf.steps else "rl"
-      if progress.phase == "done" and progress.phase_step < getattr(config, last).steps:
+      if progress.phase == "done" and progress.phase_step < config.phase(last).steps:
         progress.phase = last  # the run ended with fewer steps than it is now asked for
       if until == "rl":
         if progress.phase == "rl":
@@ -131,7 +131,7 @@ class Job:
     self._enter("rl", save=self._config.rl.steps > 0)
 
   def _rl_phase(self, name: str) -> None:
-    progress, config = self.progress, getattr(self._config, name)
+    progress, config = self.progress, self._config.phase(name)
     self._report.phase(name.upper(), config.steps, progress.phase_step)
     before = self._config.rl.steps if name == "rlhf" else 0  # versions of the weights that came before this phase
     while progress.phase_step < config.steps:

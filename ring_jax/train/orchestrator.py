@@ -18,13 +18,14 @@ import collections
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from configs.schema import Advantage, Reward, RLConfig, Role, RunConfig, Switching
+from configs.schema import Advantage, Reward, Role, RunConfig, Switching
 from ring_jax.records import FinishReason, Rollout
 from ring_jax.rewards.pool import Kind
 from ring_jax.rl.advantages import has_signal
@@ -96,7 +97,7 @@ class Orchestrator:
     stream: ProblemStream,
     span: Callable[..., contextlib.AbstractContextManager[Span]],
   ):
-    self._phase: RLConfig = getattr(config, name)
+    self._phase = config.phase(name)
     self._roles, self._engine, self._driver, self._stream, self._span = roles, engine, driver, stream, span
     self._judge = Judges(config, name, roles, turns, score)
     self._learner = Learner(name, self._phase, config.packing, config.seed, roles, turns)
@@ -121,13 +122,14 @@ class Orchestrator:
     Returns:
       What it did, and the rollouts of the next step if there are any already.
     """
-    self._seconds: collections.Counter[str] = collections.Counter()
+    started, self._seconds = time.perf_counter(), collections.Counter()
     span = lambda kind: self._timed(kind, version)  # noqa: E731
     with span("sync"):
       stored, shadow = self._synced(weights, version)
     self._learner.begin(version)
     if self._switch is not None:
-      self._switch.to_rollout(weights, stored)
+      with span("to_host"):
+        self._switch.to_rollout(weights, stored)
 
     def generate(trained: int):
       return lambda emit: self._generate(stored, version, trained, emit, on_progress)
@@ -142,7 +144,8 @@ class Orchestrator:
         chunks = list(chunks)  # the engine does one iteration after the other
       _, following = stage(generate(version + 1), ahead=self._overlaps)
     if self._switch is not None:
-      self._switch.to_training(weights, stored)
+      with span("from_host"):
+        self._switch.to_training(weights, stored)
 
     def judge(emit):
       for chunk in chunks:
@@ -158,6 +161,7 @@ class Orchestrator:
         advantages[rollout.uid] = float(np.mean(value)) if np.size(value) else 0.0
     done, ahead = generated(), following() if following else None
     clock = _added([one.clock for one in (done if pending is None else None, ahead) if one])
+    self._seconds["step"] = time.perf_counter() - started
     return self._summary(version, done, advantages, kinds, clock), ahead
 
   # ---- stages

@@ -100,7 +100,7 @@ class Parts:
       weights.reward_state = roles.reward.init_optimizer(weights.reward)
       return
     weights.actor_state = roles.actor.init_optimizer(weights.actor, phase)
-    wanted = getattr(config, phase).roles if getattr(config, phase).steps else ()
+    wanted = config.phase(phase).roles if config.phase(phase).steps else ()
     if Role.REFERENCE in wanted:
       weights.reference = roles.hand_over(weights.actor, Role.REFERENCE)
     if Role.CRITIC in wanted:
@@ -126,8 +126,8 @@ class Parts:
     if phase == "reward":
       found["reward"] = roles.abstract(Role.REWARD)
       found["reward_state"] = roles.reward.abstract_optimizer(found["reward"])
-    elif phase in _RL and getattr(self.config, phase).steps:
-      wanted = getattr(self.config, phase).roles
+    elif phase in _RL and self.config.phase(phase).steps:
+      wanted = self.config.phase(phase).roles
       for role in (Role.REFERENCE, Role.CRITIC, Role.REWARD):
         if role in wanted:
           found[role.value] = roles.abstract(role)

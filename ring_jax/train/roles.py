@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.schema import OptimizerConfig, RLConfig, Role, RunConfig
+from configs.schema import OptimizerConfig, Role, RunConfig
 from ring_jax.model import Params, abstract_params, abstract_scalar
 from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.programs import Programs
@@ -84,7 +84,7 @@ class Roles:
 
   def critic(self, phase: str, role: Role = Role.CRITIC) -> ScalarPrograms:
     """The critic of a phase, or its shadow."""
-    config: RLConfig = getattr(self._config, phase)
+    config = self._config.phase(phase)
     return self._scalar(role, config.ppo.optimizer, config.steps * config.minibatches)
 
   def _scalar(self, role: Role, optimizer: OptimizerConfig, steps: int) -> ScalarPrograms:

@@ -31,7 +31,7 @@ class Switch:
   """
 
   def __init__(self, config: RunConfig, name: str, driver: RolloutDriver, **slack_bytes: int):
-    phase = getattr(config, name)
+    phase = config.phase(name)
     self._driver = driver
     self._ledger = Ledger(**slack_bytes)
     self._known = False
