@@ -19,7 +19,7 @@ export MALLOC_TOP_PAD_ ?= 268435456
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 
-.PHONY: train think test test-tpu test-pods parity lint bench clean help
+.PHONY: train think rlhf test test-tpu test-pods parity lint bench clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,9 @@ train: $(VENV)/train.stamp  ## train the tiny Ring by SFT and RL (about 2 minute
 
 think: $(VENV)/train.stamp  ## the same with a reasoning trace inside <think>, on arithmetic (about 5 minutes)
 	$(MAKE) train CONFIG=configs/ring_tiny_think.py WORKDIR=runs/ring_tiny_think
+
+rlhf: $(VENV)/train.stamp  ## the whole pipeline: SFT, RL, a reward model, then PPO with actor, critic, reference and reward (about 5 minutes)
+	$(MAKE) train CONFIG=configs/ring_tiny_rlhf.py WORKDIR=runs/ring_tiny_rlhf
 
 test: $(VENV)/test.stamp  ## all tests
 	$(VENV)/bin/ruff check .

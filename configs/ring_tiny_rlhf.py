@@ -18,15 +18,20 @@ def get_config() -> RunConfig:
     name="ring_tiny_rlhf",
     rl=dataclasses.replace(base.rl, steps=75),
     reward_model=RewardModelConfig(
-      steps=200, batch_size=64, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10)
+      steps=300,
+      batch_size=64,
+      optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=10, schedule="cosine"),
     ),
     rlhf=RLConfig(
-      steps=75,
+      steps=50,
       reward="model",
       advantage="gae",
       objective=base.rl.objective,
-      ppo=PPOConfig(reward_clip=5.0, value_clip=0.5, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5)),
-      optimizer=base.rl.optimizer,
+      # With ppo.kl_coef=0.02 and three times the rate the actor learns to please the reward model and forgets to spell.
+      ppo=PPOConfig(
+        kl_coef=0.2, reward_clip=5.0, value_clip=0.5, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=5)
+      ),
+      optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=5),
       eval_every=25,
     ),
   )
