@@ -31,7 +31,7 @@ def get_config() -> RunConfig:
     reward_model=RewardModelConfig(steps=2, batch_size=16, probe_pairs=8, optimizer=optimizer),
     rlhf=RLConfig(
       steps=3,
-      stream=8,
+      stream=4,
       staleness=1,
       reward="model",
       advantage="gae",
