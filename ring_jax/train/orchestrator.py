@@ -189,21 +189,21 @@ class Orchestrator:
       chunks.append([rollout.uid for rollout in chunk])
       emit(list(chunk))
 
-    def on_ready(ready: Sequence[Rollout]) -> None:
-      nonlocal taken
-      if size and len(ready) - taken >= size:
-        give(ready[taken:])
-        taken = len(ready)
-
     rest: list[Rollout] = []
 
-    def keep_rest(ready: Sequence[Rollout]) -> None:
-      on_ready(ready)
+    def on_ready(ready: Sequence[Rollout]) -> None:
+      nonlocal taken
+      while size and len(ready) - taken >= size:
+        end = taken + size
+        while end < len(ready) and ready[end].group == ready[end - 1].group:
+          end += 1  # siblings stay together
+        give(ready[taken:end])
+        taken = end
       rest[:] = ready[taken:]
 
     with self._timed("rollout", trained):
       result, clock = self._driver.iterate(
-        stored, version, self._stream.take, on_progress, trained=trained, on_ready=keep_rest
+        stored, version, self._stream.take, on_progress, trained=trained, on_ready=on_ready
       )
     if not size:
       give(result.rollouts)
