@@ -114,7 +114,7 @@ def averaged(rank, folder):
 def test_an_averaged_gradient_shows_in_its_norm(case, alone, tmp_path):
   """Clipping and AdamW hide it from the parameters."""
   one = dataclasses.replace(case, steps=case.steps[:1])
-  job = placed.Job(one, rlhf.placement_of(Strategy.INTERLEAVING, range(2), one.phase))
+  job = placed.Job(one, rlhf.placement_of(Strategy.INTERLEAVING, range(2), one.run))
   (tmp_path / "jobs").write_bytes(pickle.dumps([job]))
   multiprocessing.spawn(averaged, (str(tmp_path),), nprocs=2)
   found = placed._merged(pathlib.Path(tmp_path), 0)
