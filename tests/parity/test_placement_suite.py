@@ -31,7 +31,7 @@ def test_every_strategy_on_either_path(monkeypatch):
   for tier in suite.tiers:
     assert any(row.max > 0 for row in tier.rows), "compared with itself"
     cases = {row.case for row in tier.rows}
-    assert cases == {f"{name}, {strategy}" for name, _ in placement.QUICK for strategy in rlhf.STRATEGIES}
+    assert cases == {f"{name}, {one}" for name, phase in placement.QUICK for one in rlhf.strategies_of(phase)}
   names = {row.name for tier in suite.tiers for row in tier.rows if row.case.startswith("IcePop, critic")}
   assert {"values of step 2", "returns of step 0", "critic loss", "critic head.bias", "actor gradient norm"} <= names
 
@@ -56,6 +56,8 @@ def test_what_is_recorded_exercises_the_objective(case, alone):
   clip = case.phase.ppo.reward_clip
   scores = np.abs(np.concatenate([one["scores"] for one in alone.experience]))
   assert (scores < clip).any() and (scores > clip).any()
+  groups = ppo.run_alone(placement.record(placement.MODEL, *placement.QUICK[0]))
+  assert any(len(one["logp_old"]) < len(one["logp_infer"]) for one in groups.experience)  # some have no signal
   last = alone.experience[-1]
   assert np.abs(last["logp_old"] - last["logp_ref"]).max() > 1e-3  # the actor has moved, the reference has not
 
