@@ -57,6 +57,10 @@ class RLHFCase:
     missing = sorted(self.phase.roles - {Role.ROLLOUT, Role.REFERENCE} - self.params.keys())
     require(not missing, f"{self.name}: no parameters for the {missing[0]}, which its phase has" if missing else "")
     require(all(map(len, self.steps)), f"{self.name}: a step without a minibatch")
+    for step, minibatches in enumerate(self.steps):
+      once = [group for rollouts in minibatches for group in {rollout.group for rollout in rollouts}]
+      split = sorted(group for group in set(once) if once.count(group) > 1)
+      require(not split, f"{self.name}: step {step}: group {split[0]} is in two minibatches" if split else "")
 
   @property
   def phase(self) -> RLConfig:

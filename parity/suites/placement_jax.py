@@ -105,7 +105,9 @@ class _Phase:
       shadow = roles.hand_over(weights.critic, Role.SHADOW_CRITIC, version)
     minibatches = [[dataclasses.replace(rollout) for rollout in part] for part in minibatches]  # they get rewards
     chunks = [[part] for part in minibatches] if self._phase.stream else [minibatches]
-    judged = [self._judge(sum(chunk, []), weights, shadow, _untimed) for chunk in chunks]
+    judged = [
+      self._judge([rollout for part in chunk for rollout in part], weights, shadow, _untimed) for chunk in chunks
+    ]
     drawn = [self._drawn(drawing, experience.rollouts) for experience in judged]
     self._learner.begin(version)
     for chunk, experience in zip(chunks, judged, strict=True):

@@ -136,6 +136,9 @@ def test_a_placement_that_does_not_fit_is_one_line(case):
     placed.run(jobs)
   with pytest.raises(ConfigError, match="no parameters for the critic"):
     dataclasses.replace(case, params={Role.ACTOR: case.params[Role.ACTOR], Role.REWARD: case.params[Role.REWARD]})
+  first, second = case.steps[0]
+  with pytest.raises(ConfigError, match=r"step 0: group 0 is in two minibatches"):
+    dataclasses.replace(case, steps=[[first[:1], [*first[1:], *second]]])
 
 
 def test_a_part_deals_every_rank_as_many_rows():
