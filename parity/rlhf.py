@@ -9,6 +9,8 @@ One step takes the recorded rollouts of its minibatches and does, at weights of 
 
 The recorded log-probs are the first actor's own under another engine's error: near for most tokens, out of the band for
 some.  What comes out must not depend on where the roles work, nor on who computes it.
+
+Where they work is what `RunConfig.seats` says of the case's run, as it is `placed`, on either path.
 """
 
 import dataclasses
@@ -17,7 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import RLConfig, Role, RunConfig, Strategy, require
+from configs.schema import (
+  MeshConfig,
+  ParallelConfig,
+  PlacementConfig,
+  RLConfig,
+  Role,
+  RunConfig,
+  Strategy,
+  require,
+)
 from ring_jax.records import Rollout
 from sharding.placement import Placement
 
@@ -35,7 +46,7 @@ class RLHFCase:
   """Where a phase begins, and what it is fed with."""
 
   name: str
-  run: RunConfig  # model, rlhf (the phase), rollout.temperature, packing
+  run: RunConfig  # model, rlhf (the phase, and the only one), rollout.temperature, packing
   params: Mapping[
     Role, Tree
   ]  # of the actor (the reference begins as it), and of critic and reward model where they are
@@ -46,6 +57,10 @@ class RLHFCase:
     missing = sorted(self.phase.roles - {Role.ROLLOUT, Role.REFERENCE} - self.params.keys())
     require(not missing, f"{self.name}: no parameters for the {missing[0]}, which its phase has" if missing else "")
     require(all(map(len, self.steps)), f"{self.name}: a step without a minibatch")
+    for step, minibatches in enumerate(self.steps):
+      once = [group for rollouts in minibatches for group in {rollout.group for rollout in rollouts}]
+      split = sorted(group for group in set(once) if once.count(group) > 1)
+      require(not split, f"{self.name}: step {step}: group {split[0]} is in two minibatches" if split else "")
 
   @property
   def phase(self) -> RLConfig:
@@ -53,7 +68,8 @@ class RLHFCase:
 
   @property
   def optimizer_steps(self) -> int:
-    return sum(map(len, self.steps))
+    """That the learning rate's schedule is for."""
+    return self.phase.steps * self.phase.minibatches
 
 
 @dataclasses.dataclass
@@ -77,18 +93,26 @@ def flat(minibatches: Sequence[Mapping[str, Sequence[Any] | None]]) -> dict[str,
   return found
 
 
-def placement_of(strategy: Strategy, devices: Sequence[Any], config: RLConfig) -> Placement:
+def placed(run: RunConfig, strategy: Strategy, devices: int) -> RunConfig:
+  """The run with its roles on so many devices."""
+  cut = lambda count: ParallelConfig(MeshConfig(fsdp=count))  # noqa: E731
+  actor, rollout, placement = cut(devices), None, PlacementConfig(strategy)
+  if strategy is Strategy.DISAGGREGATED:
+    # Half train the actor; the critic, where there is one, has half of the others; the engine's have whole models.
+    own = devices // 4 if Role.CRITIC in run.rlhf.roles else 0
+    actor, rollout = cut(devices // 2), ParallelConfig(MeshConfig(data=devices - devices // 2 - own))
+    placement = PlacementConfig(strategy, critic=cut(own) if own else None)
+  return dataclasses.replace(
+    run,
+    model=dataclasses.replace(run.model, parallel=actor),
+    rollout=dataclasses.replace(run.rollout, parallel=rollout),
+    placement=placement,
+  )
+
+
+def placement_of(strategy: Strategy, devices: Sequence[Any], run: RunConfig) -> Placement:
   """Of either path: devices are ranks or `jax.devices()`."""
-  roles = config.roles
-  match strategy:
-    case Strategy.COLOCATED:
-      return Placement.colocated(devices, roles)
-    case Strategy.INTERLEAVING:
-      return Placement.interleaving(devices, roles)
-    case _:
-      # Half of the devices train the actor; the critic, where there is one, has half of the others.
-      shares = {Role.ACTOR: 2, Role.CRITIC: 1, Role.ROLLOUT: 1 if Role.CRITIC in roles else 2}
-      return Placement.disaggregated(devices, roles, {role: share for role, share in shares.items() if role in roles})
+  return Placement.of_seats(strategy, placed(run, strategy, len(devices)).seats, devices)
 
 
 def strategies_of(config: RLConfig) -> list[Strategy]:

@@ -1,12 +1,12 @@
 """RLHF under every placement, on either path: the same experience, losses and parameters from the same recorded rollouts.
 
 The standard is the PyTorch twin in one process (torch_twin/ppo.py).  Against it stand the twin with its roles on four
-processes (torch_twin/placed.py) and the JAX path on eight devices (placement_jax.py), each colocated, interleaving and
-disaggregated.  Both read the same `Placement`, one with ranks for devices.
+processes (torch_twin/placed.py) and a run's own classes on eight JAX devices (placement_jax.py), each colocated,
+interleaving and disaggregated.  Both read the seats of the same run config, one with ranks for devices.
 
-Two phases: IcePop with group-relative advantages of a reward model's scores, and with those of a critic (GAE).  Both have
-a reference and a reward model, as interleaving needs, several minibatches a step, and sampled log-probs of which some are
-out of IcePop's band.
+Two phases: IcePop with group-relative advantages of a verifier's rewards, and with those of a critic (GAE) of a reward
+model's scores.  Both have a reference, several minibatches a step, and sampled log-probs of which some are out of IcePop's
+band; the second has all roles, as interleaving needs.
 
 On request a third phase has vLLM as the shadow actor of the disaggregated placement: it draws the rollouts of every step.
 """
@@ -18,7 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import Advantage, IcePopConfig, PPOConfig, Reward, RewardModelConfig, RLConfig, Role, Strategy
+from configs.schema import (
+  Advantage,
+  IcePopConfig,
+  PackingConfig,
+  PPOConfig,
+  Reward,
+  RewardModelConfig,
+  RLConfig,
+  Role,
+  RunConfig,
+  Strategy,
+)
 from parity import cases, rlhf
 from parity.cases import Case
 from parity.compare import Row, Suite, Tier, compare
@@ -46,23 +57,28 @@ MODEL = Case(
 )  # fmt: skip
 _STEPS = 3
 _ROLLOUTS = (8, 3)  # of each minibatch of a step; the second leaves one of four ranks without a row
+_PACKING = PackingConfig(length=32, rows=8)  # rows for every device; a minibatch leaves some of them empty
 
 # As `objective.FAST`, but twice as many steps add up.
 _ADAMW = dataclasses.replace(objective.FAST, eps=1e-5)
 _RL = RLConfig(
   steps=_STEPS,
+  minibatches=len(_ROLLOUTS),
+  advantage=Advantage.GAE,
   reward=Reward.MODEL,
   objective=IcePopConfig(kl_coef=0.3),
   ppo=PPOConfig(kl_coef=0.3, reward_clip=0.5, gamma=0.97, value_clip=0.02, optimizer=_ADAMW),
   optimizer=_ADAMW,
 )
 QUICK = (
-  ("IcePop, groups", dataclasses.replace(_RL, advantage=Advantage.GRPO)),
-  ("IcePop, critic", dataclasses.replace(_RL, advantage=Advantage.GAE)),
+  ("IcePop, groups", dataclasses.replace(_RL, advantage=Advantage.GRPO, reward=Reward.VERIFIER)),
+  ("IcePop, critic", _RL),
 )
 FULL = (
   *QUICK,
-  ("critic, streaming", dataclasses.replace(_RL, advantage=Advantage.GAE, stream=max(_ROLLOUTS))),
+  ("critic, streaming", dataclasses.replace(_RL, stream=max(_ROLLOUTS), minibatches=1)),
+  ("groups of a reward model, streaming",
+   dataclasses.replace(_RL, advantage=Advantage.GRPO, stream=max(_ROLLOUTS), minibatches=1)),
   ("verifier, mean only, no KL",
    dataclasses.replace(_RL, advantage=Advantage.MEAN_ONLY, reward=Reward.VERIFIER, objective=IcePopConfig())),
 )  # fmt: skip
@@ -72,8 +88,7 @@ Placed = Callable[[Sequence[placed.Job]], list[Steps]]
 
 def record(model: Case, name: str, config: RLConfig, seed: int = 0) -> RLHFCase:
   """A phase over random models and random answers, scored by the first actor and moved (`objective.record_rollouts`)."""
-  run = objective.run_config(model, objective.QUICK[0])
-  run = dataclasses.replace(run, name=name, rlhf=config, reward_model=RewardModelConfig(steps=1))
+  run = run_config(model, name, config)
   mask_V = np.arange(model.config.vocab_size) < model.config.vocab_size - 4
   params = {Role.ACTOR: cases.random_params(model.config, model.seed, model.bias_shift)}
   for offset, role in enumerate(sorted(config.roles & {Role.CRITIC, Role.REWARD}), 1):
@@ -86,6 +101,19 @@ def record(model: Case, name: str, config: RLConfig, seed: int = 0) -> RLHFCase:
     )
     steps[number // len(_ROLLOUTS)].append([_renumbered(rollout, 100 * number) for rollout in rollouts])
   return RLHFCase(name, run, params, steps, mask_V)
+
+
+def run_config(model: Case, name: str, config: RLConfig) -> RunConfig:
+  """A run's configuration around the phase."""
+  run = objective.run_config(model, objective.QUICK[0])
+  return dataclasses.replace(
+    run,
+    name=name,
+    rl=dataclasses.replace(run.rl, steps=0),
+    rlhf=config,
+    reward_model=RewardModelConfig(steps=1),
+    packing=_PACKING,
+  )
 
 
 def scalar_params(model: Case, seed: int) -> dict[str, Any]:
@@ -169,7 +197,7 @@ def recorded_tiers(quick: bool, run_placed: Placed = placed.run) -> list[Tier]:
   asked = [(i, strategy) for i, case in enumerate(recorded) for strategy in rlhf.strategies_of(case.phase)]
   begin = time.perf_counter()
   found = {TORCH: run_placed(
-    [placed.Job(recorded[i], rlhf.placement_of(strategy, range(RANKS), recorded[i].phase)) for i, strategy in asked]
+    [placed.Job(recorded[i], rlhf.placement_of(strategy, range(RANKS), recorded[i].run)) for i, strategy in asked]
   )}  # fmt: skip
   middle = time.perf_counter()
   found[JAX] = placement_jax.run([(strategy, recorded[i]) for i, strategy in asked])
@@ -197,22 +225,21 @@ def vllm_tiers(interpreter: str | None, steps: int = 2) -> list[Tier]:
   """vLLM as the shadow actor of the disaggregated placement; then its rollouts replayed in one process."""
   begin = time.perf_counter()
   model, config = Case("vLLM draws", engine.MODEL, seed=4), FULL[-1][1]
-  run = objective.run_config(model, objective.QUICK[0])
-  run = dataclasses.replace(run, name=model.name, rlhf=config)
+  run = run_config(model, model.name, config)
   params = {Role.ACTOR: cases.random_params(model.config, model.seed)}
   case = RLHFCase(model.name, run, params, [[[]]] * steps, np.ones(model.config.vocab_size, bool))
   prompts = [engine.random_prompts(model.config, 4, seed=version) for version in range(steps)]
   sampling = Sampling(max_tokens=8, n=4, temperature=run.rollout.temperature)
   draw = ShadowActor(model.config, prompts, sampling, engine.verify, interpreter)
-  placement = rlhf.placement_of(Strategy.DISAGGREGATED, range(RANKS), config)
+  placement = rlhf.placement_of(Strategy.DISAGGREGATED, range(RANKS), run)
   (found,) = placed.run([placed.Job(case, placement, draw=draw)])
-  drawn = [
-    compare(f"vLLM's log-probs of step {version}", one["logp_infer"], one["logp_old"],
-            tolerance=engine.VLLM_TOLERANCE, case=model.name, scale=1.0)
-    for version, one in enumerate(found.experience)
-  ]  # fmt: skip
   seconds = time.perf_counter() - begin
   alone = ppo.run_alone(dataclasses.replace(case, steps=found.rollouts))
+  drawn = [
+    compare(f"vLLM's log-probs of step {version}", one["logp_infer"], other["logp_rollout"],
+            tolerance=engine.VLLM_TOLERANCE, case=model.name, scale=1.0)
+    for version, (one, other) in enumerate(zip(found.experience, alone.experience, strict=True))
+  ]  # fmt: skip
   same = [*loss_rows(found, alone, model, model.name), *parameter_rows(found, alone, model, model.name)]
   proves = "what vLLM draws in each step comes from the weights that crossed to it"
   return [

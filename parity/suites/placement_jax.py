@@ -1,59 +1,45 @@
-"""The JAX side of the placement suite: the same phase, roles on parts of eight devices that the CPU plays.
+"""The JAX side of the placement suite: the same phase through a run's own classes, on eight devices that the CPU plays.
 
     run([(strategy, case), ...])      in a process of its own, since JAX fixes the number of devices when it starts
     jax_steps(strategy, case)         inside of it
 
-Parameters are cut over the devices of their role (fsdp); a shadow model gets the trained weights before every step.  Every
-role works on its own mesh and gives its results to the host, from where the trainer's devices get them.
+What works here is what works in a run (ring_jax/train): `Roles` on the meshes of the config's seats, `Judges`, `Learner`,
+and the checked hand-over of weights.  Only the engine is missing, as its rollouts are given; on its devices the trainer's
+own programs score them with the copy of the actor that arrived there.  A step:
 
-Dimension key: R rows (one sequence each), T positions, n tokens of an answer, N = R * T, D hidden.
+    weights of version v    -> shadow actor, shadow critic
+    minibatches             -> experience               streaming: one after the other; otherwise all at once
+    experience              -> actor, critic            an update a minibatch
 """
 
+import contextlib
 import dataclasses
-import functools
 import os
 import pathlib
 import pickle
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from configs.schema import (
-  Advantage,
-  Denominator,
-  IcePopConfig,
-  MeshConfig,
-  ModelConfig,
-  OptimizerConfig,
-  ParallelConfig,
-  PPOConfig,
-  Reward,
-  RLConfig,
-  Role,
-  Strategy,
-)
-from kernels.icepop import policy_loss, sequence_weight
-from kernels.linear_logprob import linear_logprob
+from configs.schema import Role, Strategy
 from parity import rlhf
-from parity.rlhf import RLHFCase, Steps
-from ring_jax.model import forward, param_shardings
+from parity.rlhf import Minibatches, RLHFCase, Steps
 from ring_jax.records import Rollout
-from ring_jax.rl.advantages import group_advantages, has_signal
-from ring_jax.rl.metrics import calibrate
-from ring_jax.train.batches import at_predictions
-from ring_jax.train.optimizer import make_optimizer
-from sharding import rules
-from sharding.placement import Placement
+from ring_jax.train.batches import model_tokens, rl_minibatches
+from ring_jax.train.experience import Experience, Judges, relative
+from ring_jax.train.learner import Learner
+from ring_jax.train.roles import Roles, Weights
+from ring_jax.train.turns import Turns
+from sharding.processes import fetch
 
 DEVICES = 8
+_NAME = "rlhf"
 _ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -79,213 +65,105 @@ def run(jobs: Sequence[tuple[Strategy, RLHFCase]]) -> list[Steps]:
 
 def jax_steps(strategy: Strategy, case: RLHFCase) -> Steps:
   """All steps of a case under a placement of all devices."""
-  phase = _Phase(case, rlhf.placement_of(strategy, jax.devices(), case.phase))
-  experience = [phase.step(minibatches) for minibatches in case.steps]
-  params = {role: jax.device_get(phase.models[role].params) for role in phase.losses}
+  phase = _Phase(strategy, case)
+  experience = [phase.step(minibatches, version) for version, minibatches in enumerate(case.steps)]
+  params = {role: jax.device_get(getattr(phase.weights, role.value)) for role in phase.losses}
   return Steps(case.steps, experience, phase.losses, phase.norms, params)
 
 
-class _Programs:
-  """What a model computes on its mesh: a policy, whose loss is IcePop, or a scalar model, whose loss is PPO's."""
-
-  def __init__(
-    self, config: ModelConfig, mesh: Mesh, temperature: float, drawable: tuple[bool, ...], loss: IcePopConfig | PPOConfig,
-    optimizer: OptimizerConfig, steps: int,
-  ):  # fmt: skip
-    self._config, self._rules, self._loss = config, config.parallel.rules, loss
-    self._temperature, self._mask_V = temperature, np.asarray(drawable)
-    self._adamw = make_optimizer(optimizer, steps)
-    scalar = isinstance(loss, PPOConfig)
-    self._loss_of = self._value_loss if scalar else self._policy_loss
-    self.say = rules.Program(mesh, self._values if scalar else self._logps)
-    self.init = rules.Program(mesh, self._adamw.init)
-    self.update = rules.Program(mesh, self._update)
-
-  def _update(self, params, state, batch):
-    loss, gradients = jax.value_and_grad(self._loss_of)(params, batch)
-    updates, state = self._adamw.update(gradients, state, params)
-    return optax.apply_updates(params, updates), state, loss, optax.global_norm(gradients)
-
-  def _hidden(self, trunk, batch):
-    out = forward(self._config, trunk, batch["tokens"], segment_ids_BxT=batch["segments"], mtp=False)
-    return out.hidden_BxTxD
-
-  def _head(self, params, batch):
-    """Arguments of the objective's kernels: hidden [N, D], the output matrix, targets [N]."""
-    hidden_RxTxD = self._hidden(params, batch)
-    kernel_DxV = rules.reshard(params["lm_head"]["kernel"], self._rules, None, "vocab")
-    targets_RxT = jnp.pad(batch["tokens"][:, 1:], ((0, 0), (0, 1)))
-    return hidden_RxTxD.reshape(-1, hidden_RxTxD.shape[-1]), kernel_DxV, self._field(targets_RxT).reshape(-1)
-
-  def _field(self, x_RxT):
-    return rules.reshard(jnp.asarray(x_RxT), self._rules, "batch", None)
-
-  def _logps(self, params, batch):
-    scored = linear_logprob(*self._head(params, batch), temperature=self._temperature, vocab_mask=self._mask_V)
-    return scored.logp.reshape(batch["tokens"].shape)
-
-  def _values(self, params, batch):
-    hidden_RxTxD = self._hidden(params["trunk"], batch).astype(jnp.float32)
-    return jnp.einsum("rtd,d->rt", hidden_RxTxD, params["head"]["kernel"]) + params["head"]["bias"]
-
-  def _policy_loss(self, params, batch):
-    names = ("logp_old", "logp_infer", "advantages", "mask", "weights", "logp_ref")
-    old, infer, gain, mask, weights, ref = (self._field(batch[name]).reshape(-1) for name in names)
-    return policy_loss(
-      *self._head(params, batch), old, infer, gain, mask, self._loss,
-      temperature=self._temperature, vocab_mask=self._mask_V, weights=weights, logp_ref_N=ref,
-    )[0]  # fmt: skip
-
-  def _value_loss(self, params, batch):
-    values = self._values(params, batch)
-    old, returns, mask = (self._field(batch[name]) for name in ("values", "returns", "mask"))
-    near = jnp.clip(values, old - self._loss.value_clip, old + self._loss.value_clip)
-    worse = jnp.maximum((values - returns) ** 2, (near - returns) ** 2)
-    return self._loss.value_coef / 2 * jnp.sum(worse * mask) / batch["mask"].sum()
-
-
-_programs = functools.cache(_Programs)  # compiled once for all roles, strategies and cases that need the same
-
-
-class _Model:
-  """Parameters of one role on its devices."""
-
-  def __init__(self, case: RLHFCase, placement: Placement, role: Role, tree: Any):
-    parallel = ParallelConfig(MeshConfig(fsdp=len(placement.devices_of(role))))
-    mesh, config = placement.mesh(role, parallel.mesh), dataclasses.replace(case.run.model, parallel=parallel)
-    loss, optimizer = case.phase.objective, case.phase.optimizer
-    if "head" in tree:
-      config = dataclasses.replace(config, num_nextn_predict_layers=0)
-      loss, optimizer = case.phase.ppo, case.phase.ppo.optimizer
-    drawable = tuple(case.vocab_mask_V.tolist())
-    self._programs = _programs(
-      config, mesh, case.run.rollout.temperature, drawable, loss, optimizer, case.optimizer_steps
-    )
-    self._shardings, self._state = param_shardings(config, mesh), None
-    if "head" in tree:
-      del self._shardings["lm_head"]
-      everywhere = NamedSharding(mesh, PartitionSpec())
-      self._shardings = {"trunk": self._shardings, "head": {"kernel": everywhere, "bias": everywhere}}
-    self.take(tree)
-
-  def take(self, tree: Any) -> None:
-    self.params = jax.device_put(tree, self._shardings)
-
-  def say(self, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """[R, T]: log-probs of the next tokens, or values."""
-    return np.asarray(self._programs.say(self.params, batch))
-
-  def train(self, batch: dict[str, np.ndarray]) -> tuple[float, float]:
-    """(loss, norm of the gradient)."""
-    if self._state is None:
-      self._state = self._programs.init(self.params)
-    self.params, self._state, loss, norm = self._programs.update(self.params, self._state, batch)
-    return float(loss), float(norm)
-
-
 class _Phase:
-  def __init__(self, case: RLHFCase, placement: Placement):
-    self._config, roles = case.phase, placement.roles
-    begins_as = {Role.ROLLOUT: Role.ACTOR, Role.REFERENCE: Role.ACTOR, Role.SHADOW_CRITIC: Role.CRITIC}
-    self.models = {role: _Model(case, placement, role, case.params[begins_as.get(role, role)]) for role in roles}
-    self.losses, self.norms = ({role: [] for role in rlhf.LEARNERS if role in roles} for _ in range(2))
-    self._critic = Role.SHADOW_CRITIC if Role.SHADOW_CRITIC in roles else Role.CRITIC
-    minibatches = [rollouts for step in case.steps for rollouts in step]
-    longest = max(len(rollout.prompt) + rollout.length for rollouts in minibatches for rollout in rollouts)
-    # Multiples of 8, the devices that rows are cut over, so that cases share programs.
-    self._shape = tuple(DEVICES * -(-size // DEVICES) for size in (max(map(len, minibatches)), longest))
+  """A case's weights and what works on them."""
 
-  def step(self, minibatches: Sequence[Sequence[Rollout]]) -> dict[str, np.ndarray]:
-    for shadow, source in ((Role.ROLLOUT, Role.ACTOR), (Role.SHADOW_CRITIC, Role.CRITIC)):
-      if shadow in self.models:
-        self.models[shadow].take(self.models[source].params)
-    judged = [self._judge(rollouts) for rollouts in minibatches]
-    for rollouts, fields in zip(minibatches, judged, strict=True):
-      if self._config.stream:
-        fields["logp_old"] = self._ask(Role.ACTOR, rollouts)
-      self._train(rollouts, fields)
-    return rlhf.flat(judged)
+  def __init__(self, strategy: Strategy, case: RLHFCase):
+    run = rlhf.placed(case.run, strategy, DEVICES)
+    self._phase, self._packing = run.rlhf, run.packing
+    self._roles = Roles(run, jax.devices(), case.vocab_mask_V)
+    self._turns = Turns(self._roles.placement)
+    self._judge = Judges(run, _NAME, self._roles, self._turns, lambda _: Counter())  # rewards are recorded
+    self._learner = Learner(_NAME, run.rlhf, run.packing, run.seed, self._roles, self._turns)
+    self.weights = self._first(case)
+    self.losses, self.norms = ({role: [] for role in rlhf.LEARNERS if role in run.rlhf.roles} for _ in range(2))
 
-  def _judge(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    asked = {"logp_rollout": Role.ROLLOUT, "logp_old": Role.ACTOR, "logp_ref": Role.REFERENCE, "values": self._critic}
-    fields = {name: self._ask(role, rollouts) for name, role in asked.items() if role in self.models}
-    fields["logp_infer"] = [np.asarray(rollout.logps, np.float32) for rollout in rollouts]
-    if self._config.reward is Reward.MODEL:
-      fields["scores"] = self._ask(Role.REWARD, rollouts, last=True)
-    else:
-      fields["scores"] = [rollout.reward for rollout in rollouts]
-    return fields
+  def _first(self, case: RLHFCase) -> Weights:
+    roles = self._roles
+    given = {role: roles.hand_over(jax.device_put(tree, jax.devices()[0]), role) for role, tree in case.params.items()}
+    weights = Weights(given[Role.ACTOR], roles.actor.init_optimizer(given[Role.ACTOR], _NAME))
+    weights.reward = given.get(Role.REWARD)
+    if Role.REFERENCE in self._phase.roles:
+      weights.reference = roles.hand_over(weights.actor, Role.REFERENCE)
+    if Role.CRITIC in self._phase.roles:
+      weights.critic = given[Role.CRITIC]
+      weights.critic_state = roles.critic(_NAME).init_optimizer(weights.critic)
+    return weights
 
-  def _ask(self, role: Role, rollouts: Sequence[Rollout], last: bool = False) -> list[Any]:
-    """[n] of each rollout; or one number, at its last token."""
-    said_RxT = self.models[role].say(self._batch(rollouts, {}))
-    ends = [len(rollout.prompt) + rollout.length - 1 for rollout in rollouts]
-    if last:
-      return [said_RxT[row, end] for row, end in enumerate(ends)]
-    return [said_RxT[row, end - r.length : end] for row, (end, r) in enumerate(zip(ends, rollouts, strict=True))]
+  def step(self, minibatches: Minibatches, version: int) -> dict[str, np.ndarray]:
+    """Trains from `version` to `version + 1`; returns the step's experience."""
+    weights, roles = self.weights, self._roles
+    drawing = roles.hand_over(weights.actor, Role.ROLLOUT, version)
+    shadow = weights.critic
+    if roles.judge is Role.SHADOW_CRITIC:
+      shadow = roles.hand_over(weights.critic, Role.SHADOW_CRITIC, version)
+    minibatches = [[dataclasses.replace(rollout) for rollout in part] for part in minibatches]  # they get rewards
+    chunks = [[part] for part in minibatches] if self._phase.stream else [minibatches]
+    judged = [
+      self._judge([rollout for part in chunk for rollout in part], weights, shadow, _untimed) for chunk in chunks
+    ]
+    drawn = [self._drawn(drawing, experience.rollouts) for experience in judged]
+    self._learner.begin(version)
+    for chunk, experience in zip(chunks, judged, strict=True):
+      self._train(experience, list(map(len, chunk)))
+    self._take_tally()
+    return rlhf.flat([self._fields(*both) for both in zip(judged, drawn, strict=True)])
 
-  def _batch(self, rollouts: Sequence[Rollout], fields: dict[str, Sequence[Any]]) -> dict[str, np.ndarray]:
-    """[R, T] each: tokens, segments, and fields that have a number for each token of an answer."""
-    batch = {name: np.zeros(self._shape, np.int32) for name in ("tokens", "segments")}
-    batch |= {name: np.zeros(self._shape, np.float32) for name in fields}
-    for row, rollout in enumerate(rollouts):
-      ids = [*rollout.prompt, *rollout.tokens]
-      batch["tokens"][row, : len(ids)], batch["segments"][row, : len(ids)] = ids, 1
-      for name, values in fields.items():
-        batch[name][row, : len(ids)] = at_predictions(len(rollout.prompt), values[row])
-    return batch
+  def _drawn(self, drawing: Any, rollouts: Sequence[Rollout]) -> list[np.ndarray]:
+    """Log-probs of the answers by the shadow actor."""
+    program = self._roles.rollout.logprobs
+    with self._turns.of(Role.ROLLOUT):
+      return [
+        logps
+        for batch in rl_minibatches(rollouts, self._packing)
+        for logps in batch.gather([fetch(program(drawing, model_tokens(one))) for one in batch.microbatches])
+      ]
 
-  def _train(self, rollouts: Sequence[Rollout], fields: dict[str, Any]) -> None:
-    """One step of the actor and of the critic; adds advantages and returns to `fields`."""
-    config, trained = self._config, np.ones(len(rollouts), bool)
-    if config.advantage is Advantage.GAE:
-      fields |= _gae(fields, config.ppo)
-    else:
-      groups = [rollout.group for rollout in rollouts]
-      numbers = group_advantages(fields["scores"], groups, config.advantage)
-      fields["advantages"] = [np.full(r.length, a) for r, a in zip(rollouts, numbers, strict=True)]
-      trained = has_signal(fields["scores"], groups)
-    if not trained.any():
-      return
-    chosen = np.flatnonzero(trained)
-    own = {name: [values[i] for i in chosen] for name, values in fields.items()}
-    rollouts = [rollouts[i] for i in chosen]
-    own["mask"] = [np.ones(rollout.length) for rollout in rollouts]
-    own["weights"] = _weights(own, config)
-    own.setdefault("logp_ref", own["logp_old"])
-    del own["scores"]
-    batch = self._batch(rollouts, own)
-    for role, losses in self.losses.items():
-      loss, norm = self.models[role].train(batch)
-      losses.append(loss)
-      self.norms[role].append(norm)
+  def _train(self, experience: Experience, sizes: Sequence[int]) -> None:
+    """An update a minibatch, of which nothing may be left.
+
+    Args:
+      sizes: of the minibatches, one after the other.
+    """
+    useful = np.ones(len(experience.rollouts), bool)
+    if Role.CRITIC not in self._phase.roles:
+      advantages, useful = relative(experience, self._phase.advantage)
+      experience.advantages = list(advantages)
+    parts = np.split(np.arange(len(useful)), np.cumsum(sizes)[:-1])
+    chosen = [part[useful[part]] for part in parts]
+    self._learner.learn(self.weights, experience, [part for part in chosen if len(part)], _untimed)
+
+  def _take_tally(self) -> None:
+    tally = self._learner.tally
+    self.losses[Role.ACTOR] += tally.losses
+    self.norms[Role.ACTOR] += tally.norms
+    if Role.CRITIC in self.losses:
+      self.losses[Role.CRITIC] += [one["loss"] for one in tally.critic]
+      self.norms[Role.CRITIC] += [one["grad_norm"] for one in tally.critic]
+
+  def _fields(self, experience: Experience, drawn: list[np.ndarray]) -> dict[str, Any]:
+    """As `rlhf.EXPERIENCE` names them."""
+    rollouts = experience.rollouts
+    return {
+      "logp_infer": [rollout.logps for rollout in rollouts],
+      "logp_rollout": drawn,
+      "logp_old": experience.logp_old,
+      "logp_ref": experience.logp_ref,
+      "values": experience.values,
+      "scores": [rollout.reward for rollout in rollouts],
+      "advantages": [np.broadcast_to(one, r.length) for one, r in zip(experience.advantages, rollouts, strict=True)],
+      "returns": None if experience.values is None else experience.returns,
+    }
 
 
-def _weights(fields: dict[str, Any], config: RLConfig) -> list[np.ndarray]:
-  """[n] of each rollout: what a token of it weighs in its minibatch."""
-  icepop, counted = config.objective, fields["mask"]
-  if icepop.denominator is Denominator.KEPT:
-    pairs = zip(fields["logp_old"], fields["logp_infer"], strict=True)
-    counted = [calibrate(old, old, infer, icepop).kept for old, infer in pairs]
-  sizes = [int(one.sum()) for one in counted]
-  each = [sequence_weight(size, len(sizes), sum(sizes), icepop) for size in sizes]
-  return [np.full(len(mask), weight) for mask, weight in zip(fields["mask"], each, strict=True)]
-
-
-def _gae(fields: dict[str, Any], ppo: PPOConfig) -> dict[str, list[np.ndarray]]:
-  """A_t = sum_l (gamma lam)^l delta_{t+l}, as a product with the matrix of these powers."""
-  found: dict[str, list[np.ndarray]] = {"advantages": [], "returns": []}
-  for i, values in enumerate(fields["values"]):
-    rewards_n = np.zeros(len(values))
-    if ppo.kl_coef > 0:
-      rewards_n = -ppo.kl_coef * np.subtract(fields["logp_old"][i], fields["logp_ref"][i], dtype=np.float64)
-    rewards_n[-1] += min(max(fields["scores"][i], -ppo.reward_clip), ppo.reward_clip)
-    delta_n = rewards_n + ppo.gamma * np.append(values[1:], 0.0) - values
-    ahead_nxn = np.arange(len(values)) - np.arange(len(values))[:, None]
-    powers_nxn = np.where(ahead_nxn >= 0, (ppo.gamma * ppo.lam) ** np.maximum(ahead_nxn, 0), 0.0)
-    found["advantages"].append((powers_nxn @ delta_n).astype(np.float32))
-    found["returns"].append((powers_nxn @ delta_n + values).astype(np.float32))
-  return found
+def _untimed(_: str) -> contextlib.AbstractContextManager[Any]:
+  return contextlib.nullcontext()
 
 
 if __name__ == "__main__":

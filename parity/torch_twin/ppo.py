@@ -8,8 +8,8 @@ With a critic (papers.md 2.4; advantage=gae), for an answer of n tokens whose t-
     critic  = value_coef / 2  mean_t max((V - return)^2, (clip(V, V_old +- value_clip) - return)^2)
 
 The mean is over all answer tokens of the minibatch.  Without a critic an advantage is relative to the rollout's group, and
-groups whose scores do not differ are left out; a minibatch of which nothing is left takes no step.  The actor's objective
-is IcePop in both (objective.py).
+groups whose scores do not differ are left out, so that nothing is known of their theta_old; a minibatch of which nothing is
+left takes no step.  The actor's objective is IcePop in both (objective.py).
 
 `placed.py` does the same across processes, from the same parts.
 
@@ -86,7 +86,7 @@ class Experience(NamedTuple):
 
 
 def experience_of(rollouts: Sequence[Rollout], judged: Mapping[str, list[Any]], config: RLConfig) -> Experience:
-  """Adds scores, where the verifier gives them, advantages and returns.
+  """Adds scores, where the verifier gives them, advantages and returns; keeps `logp_old` of what trains.
 
   Args:
     judged: `logp_old`, and `logp_ref`, `values`, `scores` where there is a role for it.
@@ -104,7 +104,9 @@ def experience_of(rollouts: Sequence[Rollout], judged: Mapping[str, list[Any]], 
     groups = [rollout.group for rollout in rollouts]
     per_rollout = objective.advantages_of(fields["scores"], groups, config.advantage)
     fields["advantages"] = [np.full(len(r.tokens), a) for r, a in zip(rollouts, per_rollout, strict=True)]
-    return Experience(fields, [i for i, advantage in enumerate(per_rollout) if _differs(i, groups, fields["scores"])])
+    trained = [i for i in range(len(rollouts)) if _differs(i, groups, fields["scores"])]
+    fields["logp_old"] = [old if i in trained else np.zeros(0) for i, old in enumerate(fields["logp_old"])]
+    return Experience(fields, trained)
   refs = judged.get("logp_ref") if config.ppo.kl_coef > 0 else None
   pairs = [
     gae(rewards_of(score, old, ref, config.ppo), values, config.ppo)

@@ -18,21 +18,25 @@ import torch
 
 from configs.schema import IcePopConfig, OptimizerConfig, RLConfig, Schedule
 from parity.torch_twin import objective
-from parity.torch_twin.model import RingTwin, RMSNorm, Trunk
+from parity.torch_twin.model import RingTwin, RMSNorm, ScalarHead, Trunk
 from ring_jax.records import Rollout
 
 
 class TwinOptimizer:
-  """Global-norm clipping, Adam, decoupled weight decay; norms are not decayed, the selection bias is no parameter."""
+  """Global-norm clipping, Adam, decoupled weight decay.
+
+  Norms are not decayed, nor is the bias of a scalar head; the selection bias is no parameter.
+  """
 
   def __init__(self, model: Trunk, config: OptimizerConfig, total_steps: int):
     self._config, self._total_steps, self._done = config, total_steps, 0
-    norms = [module.weight for module in model.modules() if isinstance(module, RMSNorm)]
-    known = set(map(id, norms))
-    others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    self._parameters = [*others, *norms]
+    kept = [module.weight for module in model.modules() if isinstance(module, RMSNorm)]
+    kept += [module.bias for module in model.modules() if isinstance(module, ScalarHead)]
+    known = set(map(id, kept))
+    decayed = [parameter for parameter in model.parameters() if id(parameter) not in known]
+    self._parameters = [*decayed, *kept]
     self._adamw = torch.optim.AdamW(
-      [{"params": others, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+      [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}],
       lr=config.learning_rate, betas=(config.b1, config.b2), eps=config.eps, foreach=False,
     )  # fmt: skip
 

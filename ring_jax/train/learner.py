@@ -26,13 +26,13 @@ _TOKEN_FIELDS = ("logp", "logp_old", "logp_infer", "advantages", "entropy")  # o
 
 
 @dataclasses.dataclass
-class _Tally:
+class Tally:
   """What the minibatches of a step were like."""
 
   tokens: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=lambda: {name: [] for name in _TOKEN_FIELDS})
-  losses: list[float] = dataclasses.field(default_factory=list)
-  norms: list[float] = dataclasses.field(default_factory=list)
-  critic: list[dict[str, float]] = dataclasses.field(default_factory=list)
+  losses: list[float] = dataclasses.field(default_factory=list)  # the actor's, one an optimizer step
+  norms: list[float] = dataclasses.field(default_factory=list)  # of its gradients, before clipping
+  critic: list[dict[str, float]] = dataclasses.field(default_factory=list)  # `value_metrics` and grad_norm, likewise
   positions: int = 0
 
 
@@ -41,6 +41,8 @@ class Learner:
 
   Args:
     name: of the phase: its optimizer's.
+
+  `tally` is of the step that was begun last.
   """
 
   def __init__(self, name: str, phase: RLConfig, packing: PackingConfig, seed: int, roles: Roles, turns: Turns):
@@ -50,7 +52,7 @@ class Learner:
     self._kl_reward = self._by_critic and phase.ppo.kl_coef > 0
 
   def begin(self, version: int) -> None:
-    self._version, self._tally = version, _Tally()
+    self._version, self.tally = version, Tally()
 
   def train(self, weights: Weights, experience: Experience, span: Spans) -> None:
     """Updates the weights, in place of the old ones, from minibatches that are dealt of the experience."""
@@ -72,7 +74,7 @@ class Learner:
       old = [self._old_logps(weights, batch, len(minibatches) == 1) for batch in minibatches]
     with span("train"):
       for batch, logp_old in zip(minibatches, old, strict=True):
-        self._tally.positions += sum(int((one.segment_ids > 0).sum()) for one in batch.microbatches)
+        self.tally.positions += sum(int((one.segment_ids > 0).sum()) for one in batch.microbatches)
         if self._by_critic:
           # Without a pass of its own there is no KL term that would look at them.
           logps = [rollout.logps for rollout in batch.rollouts] if logp_old is None else batch.gather(logp_old)
@@ -83,7 +85,7 @@ class Learner:
 
   def end(self) -> tuple[dict[str, float], int]:
     """(metrics of the step, positions trained on, prompts included)."""
-    tally = self._tally
+    tally = self.tally
     joined = {name: np.concatenate(values) if values else np.zeros(0) for name, values in tally.tokens.items()}
     metrics = step_metrics(**joined, mask=np.ones_like(joined["logp"], bool), config=self._phase.objective)
     if tally.norms:
@@ -109,7 +111,7 @@ class Learner:
     self._turns.together({Role.ACTOR: actor} | ({Role.CRITIC: critic} if self._by_critic else {}))
 
   def _update_actor(self, weights: Weights, batch: Minibatch, experience: Experience, logp_old) -> None:
-    programs, objective, tally = self._roles.actor, self._phase.objective, self._tally
+    programs, objective, tally = self._roles.actor, self._phase.objective, self.tally
     pick = lambda values: [values[i] for i in batch.index]  # noqa: E731
     logp_ref = batch.spread(pick(experience.logp_ref)) if objective.kl_coef > 0 else None
     sums, used = None, []
@@ -137,4 +139,4 @@ class Learner:
       sums = programs.value_gradients(weights.critic, sums, tokens, fields)
     metrics = value_metrics(sums)
     weights.critic, weights.critic_state, norm = programs.apply(weights.critic, weights.critic_state, sums.params)
-    self._tally.critic.append(metrics | {"grad_norm": float(norm)})
+    self.tally.critic.append(metrics | {"grad_norm": float(norm)})

@@ -78,6 +78,11 @@ class Roles:
     return self._policy(Role.REFERENCE)
 
   @property
+  def rollout(self) -> Programs:
+    """The trainer's programs on the engine's devices: what they say of the weights that were handed over to there."""
+    return self._policy(Role.ROLLOUT)
+
+  @property
   def reward(self) -> ScalarPrograms:
     config = self._config.reward_model
     return self._scalar(Role.REWARD, config.optimizer, config.steps)
@@ -111,7 +116,7 @@ class Roles:
 
   def abstract(self, role: Role) -> Params:
     """The role's parameters: shapes and shardings."""
-    scalar = role not in (Role.ACTOR, Role.REFERENCE)
+    scalar = role in (Role.CRITIC, Role.SHADOW_CRITIC, Role.REWARD)
     model = dataclasses.replace(self._config.model, parallel=self._seats[role].parallel)
     return (abstract_scalar if scalar else abstract_params)(model, self.meshes[role])
 

@@ -31,7 +31,7 @@ def test_every_strategy_on_either_path(monkeypatch):
   for tier in suite.tiers:
     assert any(row.max > 0 for row in tier.rows), "compared with itself"
     cases = {row.case for row in tier.rows}
-    assert cases == {f"{name}, {strategy}" for name, _ in placement.QUICK for strategy in rlhf.STRATEGIES}
+    assert cases == {f"{name}, {one}" for name, phase in placement.QUICK for one in rlhf.strategies_of(phase)}
   names = {row.name for tier in suite.tiers for row in tier.rows if row.case.startswith("IcePop, critic")}
   assert {"values of step 2", "returns of step 0", "critic loss", "critic head.bias", "actor gradient norm"} <= names
 
@@ -56,6 +56,8 @@ def test_what_is_recorded_exercises_the_objective(case, alone):
   clip = case.phase.ppo.reward_clip
   scores = np.abs(np.concatenate([one["scores"] for one in alone.experience]))
   assert (scores < clip).any() and (scores > clip).any()
+  groups = ppo.run_alone(placement.record(placement.MODEL, *placement.QUICK[0]))
+  assert any(len(one["logp_old"]) < len(one["logp_infer"]) for one in groups.experience)  # some have no signal
   last = alone.experience[-1]
   assert np.abs(last["logp_old"] - last["logp_ref"]).max() > 1e-3  # the actor has moved, the reference has not
 
@@ -114,7 +116,7 @@ def averaged(rank, folder):
 def test_an_averaged_gradient_shows_in_its_norm(case, alone, tmp_path):
   """Clipping and AdamW hide it from the parameters."""
   one = dataclasses.replace(case, steps=case.steps[:1])
-  job = placed.Job(one, rlhf.placement_of(Strategy.INTERLEAVING, range(2), one.phase))
+  job = placed.Job(one, rlhf.placement_of(Strategy.INTERLEAVING, range(2), one.run))
   (tmp_path / "jobs").write_bytes(pickle.dumps([job]))
   multiprocessing.spawn(averaged, (str(tmp_path),), nprocs=2)
   found = placed._merged(pathlib.Path(tmp_path), 0)
@@ -134,6 +136,9 @@ def test_a_placement_that_does_not_fit_is_one_line(case):
     placed.run(jobs)
   with pytest.raises(ConfigError, match="no parameters for the critic"):
     dataclasses.replace(case, params={Role.ACTOR: case.params[Role.ACTOR], Role.REWARD: case.params[Role.REWARD]})
+  first, second = case.steps[0]
+  with pytest.raises(ConfigError, match=r"step 0: group 0 is in two minibatches"):
+    dataclasses.replace(case, steps=[[first[:1], [*first[1:], *second]]])
 
 
 def test_a_part_deals_every_rank_as_many_rows():

@@ -92,7 +92,7 @@ def test_groups_that_say_nothing_are_left_out():
   config = RLConfig(steps=1, advantage=Advantage.MEAN_ONLY)
   rollouts[3].reward = rollouts[2].reward = 1.0
   experience = ppo.experience_of(rollouts, {"logp_old": [np.zeros(2)] * 4}, config)
-  assert experience.trained == [0, 1]
+  assert experience.trained == [0, 1] and list(map(len, experience.fields["logp_old"])) == [2, 2, 0, 0]
   assert [advantages.tolist() for advantages in experience.fields["advantages"][:2]] == [[-0.5] * 2, [0.5] * 3]
   rollouts[1].reward = None
   with pytest.raises(ConfigError, match=r"rollout 1 has no reward"):
@@ -100,7 +100,7 @@ def test_groups_that_say_nothing_are_left_out():
 
 
 def test_a_minibatch_without_signal_takes_no_step():
-  case = placement.record(MODEL, "one", dataclasses.replace(placement.FULL[3][1], reward=Reward.VERIFIER))
+  case = placement.record(MODEL, "one", dataclasses.replace(placement.FULL[-1][1], reward=Reward.VERIFIER))
   silent = [dataclasses.replace(rollout, reward=1.0) for rollout in case.steps[0][0]]
   case = dataclasses.replace(case, steps=[[silent, []]])
   found = ppo.run_alone(case)
@@ -109,7 +109,7 @@ def test_a_minibatch_without_signal_takes_no_step():
 
 
 def test_head_and_trunk_learn():
-  """The loss falls, and what decays is everything but norms."""
+  """The loss falls."""
   rollouts = rollouts_of([4, 6, 5])
   critic, optimizer = weights.build(MODEL.config, CRITIC), placement.QUICK[1][1].ppo.optimizer
   lessons = [ppo.Judged(r, v, v + 1) for r, v in zip(rollouts, ppo.answer_values(critic, rollouts, 8), strict=True)]
@@ -120,3 +120,17 @@ def test_head_and_trunk_learn():
   assert losses[0] == pytest.approx(0.5, rel=1e-4) and all(np.diff(losses) < 0)
   moved = weights.params_of(critic)["head"]
   assert (moved["kernel"] != CRITIC["head"]["kernel"]).all() and moved["bias"] > CRITIC["head"]["bias"]
+
+
+def test_matrices_decay_but_neither_norms_nor_the_head_s_bias():
+  critic = weights.build(MODEL.config, CRITIC)
+  optimizer = dataclasses.replace(placement.QUICK[1][1].ppo.optimizer, learning_rate=0.5, warmup_steps=0)
+  step.TwinOptimizer(critic, optimizer, 1).step()  # without a gradient
+  left = 1 - optimizer.learning_rate * optimizer.weight_decay
+  assert left < 1
+
+  def check(path, now, before):
+    fixed = path[-1].key in ("scale", "bias")
+    np.testing.assert_allclose(now, np.multiply(before, 1.0 if fixed else left), rtol=1e-6, err_msg=str(path))
+
+  jax.tree_util.tree_map_with_path(check, weights.params_of(critic), CRITIC)
