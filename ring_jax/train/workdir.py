@@ -30,7 +30,9 @@ from typing import Any, Self, TextIO
 from configs.schema import ConfigError, RunConfig, to_dict
 
 # What may change between two calls for one run: it does not alter a step that has been taken.
-_FREE = ("name", "sft.steps", "rl.steps", "checkpoint", "task.workers", "model.parallel", "rollout.parallel")
+_FREE = (
+  "name", "sft.steps", "rl.steps", "rlhf.steps", "checkpoint", "task.workers", "model.parallel", "rollout.parallel", "placement",
+)  # fmt: skip
 _SHOWN = 6  # differing fields that an error spells out
 
 # Locks of this process: POSIX locks do not exclude their own process, closing any handle of the file drops them, and so

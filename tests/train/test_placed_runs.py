@@ -64,8 +64,8 @@ def test_halves_give_the_same_numbers(together, tmp_path):
   assert_close(finish(tmp_path / "run", HALVES, 2), together)
 
 
-def test_apart_and_killed_it_ends_with_the_same_bits(together, tmp_path):
-  process = start(tmp_path / "run", APART, 4)
+def test_killed_and_resumed_under_another_placement_it_ends_with_the_same_bits(together, tmp_path):
+  process = start(tmp_path / "run", TOGETHER, 2)
   for line in iter(process.stdout.readline, ""):
     if line.startswith("RLHF"):
       break
