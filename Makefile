@@ -27,10 +27,10 @@ help:  ## what there is
 train: $(VENV)/train.stamp  ## train the tiny Ring by SFT and RL (about 2 minutes on 2 cores); resumes where it stopped
 	$(RUN) -m ring_jax.launch.train --config=$(CONFIG) --workdir=$(WORKDIR)
 
-think: $(VENV)/train.stamp  ## the same with a reasoning trace inside <think>, on arithmetic (about 5 minutes)
+think: $(VENV)/train.stamp  ## the same with a reasoning trace inside <think>, on arithmetic (about 4 minutes)
 	$(MAKE) train CONFIG=configs/ring_tiny_think.py WORKDIR=runs/ring_tiny_think
 
-rlhf: $(VENV)/train.stamp  ## the whole pipeline: SFT, RL, a reward model, then PPO with actor, critic, reference and reward (about 5 minutes)
+rlhf: $(VENV)/train.stamp  ## the whole pipeline: SFT, RL, a reward model, then PPO with actor, critic, reference and reward (about 4 minutes)
 	$(MAKE) train CONFIG=configs/ring_tiny_rlhf.py WORKDIR=runs/ring_tiny_rlhf
 
 test: $(VENV)/test.stamp  ## all tests
