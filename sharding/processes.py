@@ -161,6 +161,9 @@ class Group:
     """Ends this process and with it all others: `line` on stderr, here and there, and the same exit status."""
     if not self._last_word.acquire(blocking=False):
       threading.Event().wait()  # another thread is at it
+    # The others' end breaks the collective that this process' main thread may be in: that error is no news, must not be the
+    # last thing that is read, and must not end the process with a status of its own.
+    sys.excepthook = lambda *_: threading.Event().wait()
     print(line, file=sys.stderr, flush=True)
     for link in self._links.values():
       link.socket.settimeout(_LINGER_SECONDS)
