@@ -16,6 +16,7 @@ import numpy as np
 from configs.schema import ConfigError
 from parity.vllm.runner import Sample
 from ring_jax.records import FinishReason, Rollout
+from ring_jax.train.report.samples import lines
 
 
 class Recorded(NamedTuple):
@@ -48,7 +49,7 @@ def read(path: str | os.PathLike, step: int | None = None) -> Recorded:
   """
   file = _find(pathlib.Path(path), step)
   rollouts, advantages = [], []
-  for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+  for number, line in enumerate(lines(file), 1):
     try:
       data = json.loads(line)
       rollouts.append(_rollout(data))

@@ -143,7 +143,7 @@ def _read_trace(folder: pathlib.Path, config: RolloutConfig, groups: int) -> Tra
   """Answers by uid.  One that was purged or never trained on has the length limit: it was cut off before it ended."""
   known: dict[int, tuple[int, int]] = {}
   for path in sorted(folder.glob("step_*.jsonl")):
-    for line in path.read_text().splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):  # a text may hold other ends of lines
       record = json.loads(line)
       whole = record["finish_reason"] != FinishReason.PURGED
       known[record["uid"]] = (len(record["prompt_tokens"]), len(record["tokens"]) if whole else config.max_tokens)

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from configs import ring_tiny
 from ring_jax.records import FinishReason, Rollout
-from ring_jax.train.report import metrics, trace
+from ring_jax.train.report import metrics, samples, trace
 from ring_jax.train.report.console import Console
 from ring_jax.train.report.metrics import MetricsLog
 from ring_jax.train.report.plots import reward_curve
@@ -366,3 +366,12 @@ def test_the_plot_can_be_drawn_at_any_time(tmp_path, lines):
   colours = {tuple(colour) for colour in np.unique((image[..., :3] * 255).round().reshape(-1, 3), axis=0)}
   green = (0x2F, 0x8F, 0x4E)  # of the full evaluations
   assert (green in colours) == (lines > 0)
+
+
+def test_a_text_with_other_ends_of_lines_stays_one_record(tmp_path):
+  """A model may write U+0085 or U+2028, at which `str.splitlines` cuts."""
+  rollout = Rollout(uid=0, group=0, problem=0, prompt=[1], tokens=[2], logps=[-0.5], versions=[0], reward=1.0)
+  log = SampleLog(tmp_path)
+  log.write(1, 0, [rollout], [0.5], lambda _: ("\x85prompt", "an\u2028swer"))
+  (line,) = samples.lines(tmp_path / "step_000001.jsonl")
+  assert json.loads(line)["tokens"] == [2]
