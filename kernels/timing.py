@@ -1,5 +1,6 @@
 """Timing for the benches: programs run in turns, so that a busy neighbour slows all of them alike."""
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,15 @@ def interleaved(programs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[
 def ratio(seconds: Mapping[str, list[float]], numerator: str, denominator: str) -> float:
   """Median over rounds of one program's time in units of another's in the same round."""
   return statistics.median(a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True))
+
+
+def show(result: Mapping[str, Any], as_json: bool) -> None:
+  """Prints numbers by name."""
+  if as_json:
+    print(json.dumps(result))
+    return
+  for name, value in result.items():
+    print(f"{name:31} {value:.4g}" if isinstance(value, float) else f"{name:31} {value}")
 
 
 def plain_matmul(size: int = 2048, repeats: int = 4, dtype=jnp.float32) -> tuple[Callable[[], Any], float]:

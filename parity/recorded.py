@@ -15,8 +15,7 @@ import numpy as np
 
 from configs.schema import ConfigError
 from parity.vllm.runner import Sample
-from ring_jax.records import FinishReason, Rollout
-from ring_jax.train.report.samples import lines
+from ring_jax.records import FinishReason, Rollout, read_lines
 
 
 class Recorded(NamedTuple):
@@ -49,7 +48,7 @@ def read(path: str | os.PathLike, step: int | None = None) -> Recorded:
   """
   file = _find(pathlib.Path(path), step)
   rollouts, advantages = [], []
-  for number, line in enumerate(lines(file), 1):
+  for number, line in enumerate(read_lines(file), 1):
     try:
       data = json.loads(line)
       rollouts.append(_rollout(data))

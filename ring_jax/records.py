@@ -5,10 +5,16 @@ Plain data: no JAX, no arrays.  Everything here turns into JSON and back without
 
 import dataclasses
 import itertools
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from configs.schema import Enum
+
+
+def read_lines(path: pathlib.Path) -> list[str]:
+  """Of a file of records; `splitlines` would also cut at characters that a model may write, such as U+2028."""
+  return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 class FinishReason(Enum):

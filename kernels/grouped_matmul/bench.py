@@ -9,7 +9,6 @@ sorting and combining are the model's and are not in it.
 """
 
 import functools
-import json
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,7 @@ from absl import app, flags
 
 from kernels.grouped_matmul.api import grouped_matmul
 from kernels.grouped_matmul.blocked import padded_rows
-from kernels.timing import interleaved, plain_matmul, ratio
+from kernels.timing import interleaved, plain_matmul, ratio, show
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Tokens in the batch.")
@@ -104,12 +103,7 @@ def measure() -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
   del argv
-  result = measure()
-  if _JSON.value:
-    print(json.dumps(result))
-    return
-  for name, value in result.items():
-    print(f"{name:31} {value:.4g}" if isinstance(value, float) else f"{name:31} {value}")
+  show(measure(), _JSON.value)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from configs import loading
 from configs.schema import Advantage, ConfigError, Role, RunConfig, Strategy
 from ring_jax.planning.holdings import holdings
 from ring_jax.planning.rollouts import Rollouts, microbatches
-from ring_jax.train.report.samples import lines
+from ring_jax.records import read_lines
 from rollout.simulator.calibration import least_absolute
 from rollout.simulator.lengths import Trace
 from sharding.planner import Estimate, Generation, Holdings, Price, Stage, estimate
@@ -115,7 +115,7 @@ def _answers(workdir: pathlib.Path, steps: Sequence[Mapping]) -> list[tuple[int,
   for step in steps:
     path = workdir / "rollouts" / f"step_{step['step']:06d}.jsonl"
     if path.is_file():
-      records = map(json.loads, lines(path))
+      records = map(json.loads, read_lines(path))
       found += [(len(record["prompt_tokens"]), len(record["tokens"])) for record in records if record["tokens"]]
   if not found:
     raise ConfigError(f"{workdir}: rollouts/ holds no answers of the timed steps")

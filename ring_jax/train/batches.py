@@ -8,14 +8,14 @@ holds the denominators of the whole minibatch, so that microbatches simply add u
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from configs.schema import Denominator, IcePopConfig, PackingConfig
 from kernels.icepop import sequence_weight
-from ring_jax.data.packing import PackedBatch, pack
+from ring_jax.data.packing import PackedBatch, pack, unpack
 from ring_jax.records import Rollout
 from ring_jax.rl.metrics import calibrate
 from ring_jax.train.programs import RLFields, Tokens
@@ -63,33 +63,22 @@ class Minibatch:
 
   def gather(self, values: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Of each rollout's answer, token by token, what stands at its predictions; `values` [R, T] of each microbatch."""
-    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(self.rollouts)
-    for batch, values_RxT in zip(self.microbatches, values, strict=True):
-      for number, row, where in self._answers(batch):
-        found[number] = np.asarray(values_RxT)[row, where]
-    return found
+    pairs = zip(self.rollouts, unpack(self.microbatches, values), strict=True)
+    return [own[len(rollout.prompt) - 1 : -1] for rollout, own in pairs]
 
   def spread(self, values: Sequence[Any]) -> list[np.ndarray]:
     """float32 [R, T] of each microbatch: a number or an array a rollout, at the predictions of its answer; 0 elsewhere."""
     fields = []
     for batch in self.microbatches:
       field_RxT = np.zeros(batch.tokens.shape, np.float32)
-      for number, row, where in self._answers(batch):
-        field_RxT[row, where] = values[number]
+      for number, row, first, length in batch.where:
+        field_RxT[row, first + len(self.rollouts[number].prompt) - 1 : first + length - 1] = values[number]
       fields.append(field_RxT)
     return fields
 
   def last(self, values: Sequence[np.ndarray]) -> np.ndarray:
     """float32 [rollouts]: what stands at the last token of each rollout; `values` [R, T] of each microbatch."""
-    found = np.zeros(len(self.rollouts), np.float32)
-    for batch, values_RxT in zip(self.microbatches, values, strict=True):
-      for number, row, first, length in batch.where:
-        found[number] = np.asarray(values_RxT)[row, first + length - 1]
-    return found
-
-  def _answers(self, batch: PackedBatch) -> Iterator[tuple[int, int, slice]]:
-    for number, row, first, length in batch.where:
-      yield number, row, slice(first + len(self.rollouts[number].prompt) - 1, first + length - 1)
+    return np.array([own[-1] for own in unpack(self.microbatches, values)], np.float32)
 
 
 def rl_minibatches(

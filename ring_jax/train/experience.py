@@ -10,6 +10,7 @@ None of these depends on another, so they are dispatched together; roles on diff
 
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,9 +43,9 @@ class Experience:
   logp_ref: list[np.ndarray] | None = None  # of each token of the answer
   values: list[np.ndarray] | None = None  # before each token of the answer
   # Of those that are trained on, once they are; the others' stay empty.
-  logp_old: list[np.ndarray] = dataclasses.field(default_factory=list)
-  advantages: list[Any] = dataclasses.field(default_factory=list)  # a number, or one a token
-  returns: list[np.ndarray] = dataclasses.field(default_factory=list)
+  logp_old: list[np.ndarray] = dataclasses.field(init=False)
+  advantages: list[Any] = dataclasses.field(init=False)  # a number, or one a token
+  returns: list[np.ndarray] = dataclasses.field(init=False)
 
   def __post_init__(self):
     for name in ("logp_old", "advantages", "returns"):
@@ -71,27 +72,25 @@ class Judges:
       span: times a role's work.
     """
     found = Experience(list(rollouts), Counter())
-    batches = rl_minibatches(found.rollouts, self._packing)
-    if not batches:
+    if not found.rollouts:
       return found
-    (batch,) = batches
     roles, judge = self._roles, self._roles.judge
+    asked: dict[Role, tuple[str, Program, Params]] = {}
+    if weights.reference is not None:
+      asked[Role.REFERENCE] = ("reference", roles.reference.logprobs, weights.reference)
+    if self._phase.reward is Reward.MODEL:
+      asked[Role.REWARD] = ("reward", roles.reward.values, weights.reward)
+    if shadow is not None:
+      asked[judge] = ("values", roles.critic(self._name, judge).values, shadow)
+    said = {}
+    if asked:
+      (batch,) = rl_minibatches(found.rollouts, self._packing)
 
-    def job(name: str, program: Program, params: Params) -> Callable[[], list[np.ndarray]]:
-      def work():
+      def says(name: str, program: Program, params: Params) -> list[np.ndarray]:
         with span(name):
           return [fetch(program(params, model_tokens(one))) for one in batch.microbatches]
 
-      return work
-
-    jobs = {}
-    if weights.reference is not None:
-      jobs[Role.REFERENCE] = job("reference", roles.reference.logprobs, weights.reference)
-    if self._phase.reward is Reward.MODEL:
-      jobs[Role.REWARD] = job("reward", roles.reward.values, weights.reward)
-    if shadow is not None:
-      jobs[judge] = job("values", roles.critic(self._name, judge).values, shadow)
-    said = self._turns.together(jobs)
+      said = self._turns.together({role: functools.partial(says, *what) for role, what in asked.items()})
     if Role.REWARD in said:
       for rollout, score in zip(found.rollouts, batch.last(said[Role.REWARD]), strict=True):
         rollout.reward = float(score)

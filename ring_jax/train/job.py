@@ -148,7 +148,7 @@ class Job:
     if config.steps:
       self._evaluate(name)
     if name == "rl" and self._config.rlhf.steps:
-      self._enter("reward", save=True)
+      self._enter("reward" if self._parts.reward else "rlhf", save=True)
     else:
       progress.phase = "done"
       self._save()

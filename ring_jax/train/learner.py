@@ -135,7 +135,7 @@ class Learner:
   def _update_critic(self, weights: Weights, batch: Minibatch, experience: Experience) -> None:
     programs, sums = self._roles.critic(self._name), None
     old, returns = ([values[i] for i in batch.index] for values in (experience.values, experience.returns))
-    for tokens, fields in value_batches(batch.rollouts, old, returns, self._phase.ppo, self._packing):
+    for tokens, fields in value_batches(batch, old, returns, self._phase.ppo):
       sums = programs.value_gradients(weights.critic, sums, tokens, fields)
     metrics = value_metrics(sums)
     weights.critic, weights.critic_state, norm = programs.apply(weights.critic, weights.critic_state, sums.params)

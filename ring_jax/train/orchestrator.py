@@ -82,6 +82,7 @@ class Orchestrator:
     roles, engine, driver: on their devices.
     turns: of the same placement.
     score: the verifier.
+    probe: of the engine's weights; None: they do not travel.
     span: times and shows work; takes its kind and the step.
   """
 
@@ -95,6 +96,7 @@ class Orchestrator:
     driver: RolloutDriver,
     score: Score,
     stream: ProblemStream,
+    probe: EngineProbe | None,
     span: Callable[..., contextlib.AbstractContextManager[Span]],
   ):
     self._phase = config.phase(name)
@@ -106,8 +108,7 @@ class Orchestrator:
     self._overlaps = not self._shared and shadowed and processes.group().count == 1
     switches = self._shared and config.placement.switching is Switching.HOST
     self._switch = Switch(config, name, driver) if switches else None
-    mesh = roles.meshes[Role.ACTOR]
-    self._probe = None if mesh is None else EngineProbe(config.model, mesh, engine)
+    self._probe = probe
     self._lock = threading.Lock()
 
   def step(
@@ -193,7 +194,9 @@ class Orchestrator:
 
     def on_ready(ready: Sequence[Rollout]) -> None:
       nonlocal taken
-      while size and len(ready) - taken >= size:
+      if not size:
+        return
+      while len(ready) - taken >= size:
         end = taken + size
         while end < len(ready) and ready[end].group == ready[end - 1].group:
           end += 1  # siblings stay together

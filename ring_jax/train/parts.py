@@ -25,6 +25,7 @@ from ring_jax.train.turns import Turns
 from ring_jax.train.workdir import Workdir
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
+from rollout.probe import EngineProbe
 from rollout.scheduler import C3POScheduler
 
 _RL = ("rl", "rlhf")
@@ -70,12 +71,16 @@ class Parts:
     scorer, problems = Scorer(pool, tokenizer), streams["rl"]
     score = lambda rollouts: scorer.score(rollouts, lambda rollout: problems.problem(rollout.problem))  # noqa: E731
     reward, held_out_pairs = None, []
-    if config.reward_model.steps:
+    if Role.REWARD in config.roles:
       pairs = Preferences(tasks, tokenizer, config.seed, config.rollout.max_tokens)
       streams["reward"] = PairStream(pairs)
       held_out_pairs = pairs.held_out(config.reward_model.probe_pairs)
       reward = RewardModelPhase(config, roles.reward, streams["reward"])
-    phases = {name: Orchestrator(config, name, roles, turns, engine, driver, score, problems, span) for name in _RL}
+    mesh = roles.meshes[Role.ACTOR]
+    probe = None if mesh is None else EngineProbe(config.model, mesh, engine)
+    phases = {
+      name: Orchestrator(config, name, roles, turns, engine, driver, score, problems, probe, span) for name in _RL
+    }
     return cls(
       config, tokenizer, tasks.held_out(), held_out_pairs, scorer, roles, scheduler, driver, streams,
       SFTPhase(config, roles.actor, streams["sft"]), reward, phases,

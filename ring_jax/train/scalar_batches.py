@@ -9,20 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from configs.schema import PackingConfig, PPOConfig
-from ring_jax.data.packing import pack, pack_groups
+from ring_jax.data.packing import pack_groups
 from ring_jax.data.preferences import Pair
-from ring_jax.records import Rollout
-from ring_jax.train.batches import at_predictions, model_tokens
+from ring_jax.train.batches import Minibatch, model_tokens
 from ring_jax.train.programs import Tokens
 from ring_jax.train.scalar_programs import PairFields, ValueFields
 
 
 def value_batches(
-  rollouts: Sequence[Rollout],
-  old_values: Sequence[np.ndarray],
-  returns: Sequence[np.ndarray],
-  config: PPOConfig,
-  packing: PackingConfig,
+  batch: Minibatch, old_values: Sequence[np.ndarray], returns: Sequence[np.ndarray], config: PPOConfig
 ) -> list[tuple[Tokens, ValueFields]]:
   """Microbatches of the critic's step on one minibatch: the mean over all its answer tokens.
 
@@ -30,22 +25,11 @@ def value_batches(
     old_values: the critic's before the step, one number a token.
     returns: of `rl.ppo.gae`, likewise.
   """
-  weight = config.value_coef / 2 / max(sum(len(rollout.tokens) for rollout in rollouts), 1)
-  sequences = [
-    {
-      "tokens": [*rollout.prompt, *rollout.tokens],
-      "old": at_predictions(len(rollout.prompt), old_N),
-      "returns": at_predictions(len(rollout.prompt), returns_N),
-      "weights": at_predictions(len(rollout.prompt), [weight] * len(rollout.tokens)),
-    }
-    for rollout, old_N, returns_N in zip(rollouts, old_values, returns, strict=True)
-  ]
+  weight = config.value_coef / 2 / max(sum(len(rollout.tokens) for rollout in batch.rollouts), 1)
+  fields = (batch.spread(values) for values in (old_values, returns, [weight] * len(batch.rollouts)))
   return [
-    (
-      model_tokens(batch),
-      ValueFields(batch.fields["old"], batch.fields["returns"], batch.fields["weights"], config.value_clip),
-    )
-    for batch in pack(sequences, packing.length, packing.rows)
+    (model_tokens(one), ValueFields(*own, config.value_clip))
+    for one, *own in zip(batch.microbatches, *fields, strict=True)
   ]
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from configs import loading
 from configs.schema import ConfigError, RolloutConfig
-from ring_jax.records import FinishReason
+from ring_jax.records import FinishReason, read_lines
 from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import Costs, costs_dict
 from rollout.simulator.lengths import Trace
@@ -143,7 +143,7 @@ def _read_trace(folder: pathlib.Path, config: RolloutConfig, groups: int) -> Tra
   """Answers by uid.  One that was purged or never trained on has the length limit: it was cut off before it ended."""
   known: dict[int, tuple[int, int]] = {}
   for path in sorted(folder.glob("step_*.jsonl")):
-    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):  # a text may hold other ends of lines
+    for line in read_lines(path):
       record = json.loads(line)
       whole = record["finish_reason"] != FinishReason.PURGED
       known[record["uid"]] = (len(record["prompt_tokens"]), len(record["tokens"]) if whole else config.max_tokens)

@@ -12,7 +12,6 @@ per byte that the target needs:
     device_put  `jax.device_put` of the tree
 """
 
-import json
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels.timing import interleaved, ratio
+from kernels.timing import interleaved, ratio, show
 from sharding.transfer import move
 from sharding.transfer.plan import Route, TransferPlan, plan_transfer
 
@@ -95,12 +94,7 @@ def _references(plan: TransferPlan) -> dict[str, Callable[[], Any]]:
 
 def main(argv: list[str]) -> None:
   del argv
-  result = measure()
-  if _JSON.value:
-    print(json.dumps(result))
-    return
-  for name, value in result.items():
-    print(f"{name:31} {value:.4g}" if isinstance(value, float) else f"{name:31} {value}")
+  show(measure(), _JSON.value)
 
 
 if __name__ == "__main__":

@@ -119,3 +119,13 @@ def test_another_config_is_refused_and_more_steps_are_not(uninterrupted):
   before = lines(uninterrupted)
   finish(uninterrupted, "--config.rl.steps=9")
   assert lines(uninterrupted) == before + 2  # one more step, one more evaluation
+
+
+@pytest.mark.parametrize("reward_steps", [0, 2])
+def test_general_rl_by_the_verifier_trains_no_reward_model(tmp_path, reward_steps):
+  """Nobody would ask it, whether the config says how to train one or not."""
+  steps = ("--config.sft.steps=0", "--config.rl.steps=1", "--config.rlhf.steps=1", "--config.rlhf.eval_problems=8")
+  model = (f"--config.reward_model.steps={reward_steps}", "--config.reward_model.probe_pairs=8")
+  finish(tmp_path / "run", *steps, *model)
+  records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [record["phase"] for record in records if record["phase"] != "eval"] == ["rl", "rlhf"]

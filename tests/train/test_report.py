@@ -12,8 +12,8 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from configs import ring_tiny
-from ring_jax.records import FinishReason, Rollout
-from ring_jax.train.report import metrics, samples, trace
+from ring_jax.records import FinishReason, Rollout, read_lines
+from ring_jax.train.report import metrics, trace
 from ring_jax.train.report.console import Console
 from ring_jax.train.report.metrics import MetricsLog
 from ring_jax.train.report.plots import reward_curve
@@ -373,5 +373,5 @@ def test_a_text_with_other_ends_of_lines_stays_one_record(tmp_path):
   rollout = Rollout(uid=0, group=0, problem=0, prompt=[1], tokens=[2], logps=[-0.5], versions=[0], reward=1.0)
   log = SampleLog(tmp_path)
   log.write(1, 0, [rollout], [0.5], lambda _: ("\x85prompt", "an\u2028swer"))
-  (line,) = samples.lines(tmp_path / "step_000001.jsonl")
+  (line,) = read_lines(tmp_path / "step_000001.jsonl")
   assert json.loads(line)["tokens"] == [2]

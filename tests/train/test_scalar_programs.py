@@ -13,6 +13,7 @@ from configs.schema import MeshConfig, OptimizerConfig, PackingConfig, ParallelC
 from ring_jax import model as ring_model
 from ring_jax.data.preferences import Pair
 from ring_jax.records import Rollout
+from ring_jax.train.batches import minibatch
 from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.preference import RewardModelPhase, scores
 from ring_jax.train.scalar_batches import pair_batches, value_batches
@@ -98,6 +99,11 @@ def assert_close(got, expected, tolerance=2e-5):
     np.testing.assert_allclose(a, b, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
 
 
+def whole(rollouts):
+  made = [dataclasses.replace(rollout, logps=[0.0] * len(rollout.tokens)) for rollout in rollouts]
+  return minibatch(np.arange(len(made)), made, CONFIG.packing)
+
+
 def summed(gradients, params, batches):
   sums = None
   for tokens, fields in batches:
@@ -119,7 +125,7 @@ def test_value_gradient_is_that_of_single_sequences(programs, params, rollouts):
     return PPO.value_coef / 2 * jnp.maximum((kept - target) ** 2, (near - target) ** 2).sum() / total, (kept, near)
 
   (loss, (kept, near)), expected = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
-  batches = value_batches(made, old, returns, PPO, CONFIG.packing)
+  batches = value_batches(whole(made), old, returns, PPO)
   assert len(batches) > 1
   sums = summed(programs.value_gradients, params, batches)
   assert abs(float(sums.loss) - float(loss)) < 1e-6
@@ -144,8 +150,7 @@ def test_at_the_old_values_nothing_is_clipped(programs, params, rollouts):
   old = [np.asarray(values[row, len(one.prompt) - 1 : lengths[row] - 1]) for row, one in enumerate(made)]
   wide = dataclasses.replace(PPO, value_clip=1e6)
   got, plain = (
-    summed(programs.value_gradients, params, value_batches(made, old, returns, ppo, CONFIG.packing))
-    for ppo in (PPO, wide)
+    summed(programs.value_gradients, params, value_batches(whole(made), old, returns, ppo)) for ppo in (PPO, wide)
   )
   assert int(got.tally.clipped) == 0
   assert_close(got.params, plain.params, 1e-6)
@@ -181,7 +186,8 @@ def test_pair_gradient_is_that_of_single_sequences(programs, params, pairs):
 def test_a_mesh_gives_the_same_gradient(programs, params, rollouts, pairs):
   """Eight rows on eight devices, the two answers of a pair on different ones."""
   parallel = ParallelConfig(MeshConfig(data=2, fsdp=4))
-  batches = pair_batches(pairs, CONFIG.packing)[:1], value_batches(*rollouts, PPO, CONFIG.packing)[:1]
+  made, old, returns = rollouts
+  batches = pair_batches(pairs, CONFIG.packing)[:1], value_batches(whole(made), old, returns, PPO)[:1]
   mesh = make_mesh(parallel.mesh)
   placed = jax.device_put(params, ring_model.scalar_shardings(dataclasses.replace(MODEL, parallel=parallel), mesh))
   spread = ScalarPrograms(CONFIG, Update(optax.adam(1e-2), OPTIMIZER), mesh, parallel)
@@ -211,7 +217,7 @@ def test_a_step_is_that_of_the_optimizer(programs, params):
 
 
 def test_nothing_to_learn_from(params):
-  assert value_batches([], [], [], PPO, CONFIG.packing) == [] and pair_batches([], CONFIG.packing) == []
+  assert value_batches(whole([]), [], [], PPO) == [] and pair_batches([], CONFIG.packing) == []
   assert scores(None, params, [], CONFIG.packing).shape == (0,)
 
 

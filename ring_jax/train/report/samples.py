@@ -69,11 +69,6 @@ class SampleLog:
     return "".join(parts)
 
 
-def lines(path: pathlib.Path) -> list[str]:
-  """Of a file of records; `splitlines` would also cut at characters that a model may write, such as U+2028."""
-  return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
 def _record(rollout: Rollout, advantage: float, prompt: str, completion: str) -> dict[str, Any]:
   return {
     "uid": rollout.uid,
