@@ -20,8 +20,9 @@ def read_lines(path: pathlib.Path) -> list[str]:
 class FinishReason(Enum):
   STOP = "stop"  # the model ended its turn
   LENGTH = "length"  # the answer reached its limit
+  CACHE = "cache"  # prompt and answer together reached the end of the engine's cache
   PURGED = "purged"  # unfinished for longer than the retention limit
-  ABORTED = "aborted"  # taken away by the caller
+  ABORTED = "aborted"  # taken away by the caller, or lost with a second worker
 
 
 @dataclasses.dataclass
@@ -38,6 +39,7 @@ class Rollout:
   finish_reason: FinishReason | None = None  # None while unfinished
   reward: float | None = None  # None until scored
   retention: int = 0  # iterations it has survived unfinished
+  losses: int = 0  # slots that were lost with it
 
   # What the scheduler does with the content of a rollout, and all it knows of it.  The simulator's rollouts have none,
   # only a length, and answer the same.

@@ -29,7 +29,9 @@ class Counts:
   dropped: int = 0  # rollouts purged and forgotten
   requeued: int = 0  # rollouts purged and started again
   cut: int = 0  # rollouts purged and trained on as they are
-  aborted: int = 0  # rollouts taken away by the caller
+  aborted: int = 0  # rollouts taken away by the caller, or with their second slot
+  evicted: int = 0  # times that a slot gave its rollout back for want of cache
+  redispatched: int = 0  # rollouts whose slot was lost, and that went on in another
   max_staleness: int = 0  # versions between the sampling of a trained token and its training
   staleness_sum: int = 0  # of the same, over all trained tokens
   # Histograms: number of tokens -> how many rollouts.
@@ -105,6 +107,9 @@ class IterationResult:
       "scheduler/tokens_trained": counts.trained,
       "scheduler/tokens_wasted": counts.wasted,
       "scheduler/purged": len(self.purged),
+      "scheduler/aborted": counts.aborted,
+      "scheduler/evicted": counts.evicted,
+      "scheduler/redispatched": counts.redispatched,
       "scheduler/in_flight": self.in_flight,
       "scheduler/buffered": self.buffered,
       "scheduler/staleness_mean": counts.mean_staleness,

@@ -21,7 +21,7 @@ and so take the same decisions.  Work is O(log slots) an event plus O(pool) an i
 import collections
 import dataclasses
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
@@ -64,7 +64,8 @@ class C3POScheduler:
     self._pool: dict[int, Rollout] = {}  # P_infer, in the order of uids
     self._waiting: collections.deque[int] = collections.deque()  # uids without a slot, oldest first; some may have left
     self._slot_of: dict[int, int] = {}
-    self._free: list[int] = list(range(config.slots))  # a heap
+    self._slots: frozenset[int] = frozenset(range(config.slots))
+    self._free: list[int] = sorted(self._slots)  # a heap
     self._groups: dict[int, _Group] = {}  # Unit.GROUP only
     self._ready: list[Rollout] = []  # Q_train
     self._purged: list[Rollout] = []  # by the iteration's begin
@@ -126,6 +127,10 @@ class C3POScheduler:
   def running(self) -> dict[int, Rollout]:
     """The rollouts in slots, by slot, in the order of slots."""
     return {slot: self._pool[uid] for slot, uid in sorted((slot, uid) for uid, slot in self._slot_of.items())}
+
+  def unfinished(self) -> list[Rollout]:
+    """P_infer, by uid of admission."""
+    return list(self._pool.values())
 
   # -------------------------------------------------------------------------------------------------------------------
   # An iteration
@@ -205,7 +210,7 @@ class C3POScheduler:
 
     Args:
       uid: of a rollout in a slot; with ABORTED also of a waiting one.
-      reason: STOP or LENGTH: it goes on to training.  ABORTED: it is forgotten, and its group completes without it.
+      reason: STOP, LENGTH or CACHE: it goes on to training.  ABORTED: it is forgotten, and its group completes without it.
     """
     if reason is FinishReason.PURGED:
       raise SchedulerError(f"finish: rollout {uid} cannot be purged by the caller; begin_iteration does that")
@@ -218,6 +223,35 @@ class C3POScheduler:
     if not rollout.length:
       raise SchedulerError(f"finish: rollout {uid} has no token (abort it instead)")
     self._complete(rollout, reason)
+
+  def evict(self, uid: int) -> None:
+    """Takes a rollout out of its slot; it waits for another one with what it has, in its turn by age."""
+    self._require_running("evict", uid)
+    self._counts.evicted += 1
+    self._free_slot(uid)
+    self._rebuild_waiting()
+
+  def set_slots(self, slots: Collection[int]) -> None:
+    """Says which slots there are.  Those that are new are free; what ran in one that is gone waits for another.
+
+    A rollout goes on once: one that loses a second slot is aborted, as it may be what ends the workers.
+    """
+    slots = frozenset(slots)
+    if slots == self._slots:
+      return
+    gone = self._slots - slots
+    self._slots = slots
+    for uid in [uid for uid, slot in self._slot_of.items() if slot in gone]:
+      rollout = self._pool[uid]
+      rollout.losses += 1
+      if rollout.losses > 1:
+        self._counts.aborted += 1
+        self._forget(rollout, FinishReason.ABORTED)
+      else:
+        self._counts.redispatched += 1
+        self._slot_of.pop(uid)
+    self._free = sorted(slots - set(self._slot_of.values()))
+    self._rebuild_waiting()
 
   def end_iteration(self, version: int) -> IterationResult:
     """Closes the iteration and hands over Q_train; what is unfinished ages by one and stays in the pool.
@@ -236,7 +270,7 @@ class C3POScheduler:
         rollout.retention += 1
     if self._config.kv_policy is KVPolicy.RECOMPUTE:
       self._slot_of = {}
-      self._free = list(range(self._config.slots))
+      self._free = sorted(self._slots)
     result = IterationResult(
       iteration=self._iteration,
       version=version,
@@ -291,7 +325,7 @@ class C3POScheduler:
     self._counted = state["counted"]
     self._pool = {rollout.uid: rollout for rollout in self._load(state["pool"])}
     self._slot_of = {uid: slot for slot, uid in state["slots"]}
-    self._free = sorted(set(range(self._config.slots)) - set(self._slot_of.values()))
+    self._free = sorted(self._slots - set(self._slot_of.values()))
     self._groups = {
       entry["group"]: _Group(entry["unfinished"], self._load(entry["finished"])) for entry in state["groups"]
     }

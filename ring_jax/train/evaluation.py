@@ -20,6 +20,7 @@ from ring_jax.train.scoring import Scorer
 from rollout.driver import Clock, RolloutDriver
 from rollout.engine import RingEngine
 from rollout.scheduler import C3POScheduler
+from rollout.worker import EngineWorker
 
 _SEED = 1_000_003  # of evaluation samples, whatever the run's own seed is
 
@@ -85,7 +86,7 @@ class Evaluator:
     """Measures the trainer's parameters."""
     encode = self._scorer.tokenizer.encode
     waiting = iter([(index, encode(problem.prompt)) for index, problem in enumerate(problems)])
-    driver = RolloutDriver(self._engine, C3POScheduler(self._config))
+    driver = RolloutDriver(EngineWorker(self._engine), C3POScheduler(self._config), self._config.max_tokens)
     result, _ = driver.iterate(
       self._engine.load_params(params), 0, lambda count: list(itertools.islice(waiting, count)), on_progress
     )

@@ -38,9 +38,9 @@ from ring_jax.train.stream import ProblemStream
 from ring_jax.train.switching import Switch
 from ring_jax.train.turns import Turns
 from rollout.driver import Clock, RolloutDriver
-from rollout.engine import RingEngine
 from rollout.iteration import IterationResult
 from rollout.probe import EngineProbe
+from rollout.worker import EngineWorker
 from sharding import processes
 
 
@@ -79,7 +79,8 @@ class Orchestrator:
 
   Args:
     name: of the phase: rl or rlhf.
-    roles, engine, driver: on their devices.
+    roles, worker: on their devices.
+    driver: of the worker.
     turns: of the same placement.
     score: the verifier.
     probe: of the engine's weights; None: they do not travel.
@@ -92,7 +93,7 @@ class Orchestrator:
     name: str,
     roles: Roles,
     turns: Turns,
-    engine: RingEngine,
+    worker: EngineWorker,
     driver: RolloutDriver,
     score: Score,
     stream: ProblemStream,
@@ -100,14 +101,14 @@ class Orchestrator:
     span: Callable[..., contextlib.AbstractContextManager[Span]],
   ):
     self._phase = config.phase(name)
-    self._roles, self._engine, self._driver, self._stream, self._span = roles, engine, driver, stream, span
+    self._roles, self._engine, self._driver, self._stream, self._span = roles, worker.engine, driver, stream, span
     self._judge = Judges(config, name, roles, turns, score)
     self._learner = Learner(name, self._phase, config.packing, config.seed, roles, turns)
     self._shared = roles.placement.share(Role.ROLLOUT, Role.ACTOR)
     shadowed = Role.CRITIC not in self._phase.roles or roles.judge is Role.SHADOW_CRITIC
     self._overlaps = not self._shared and shadowed and processes.group().count == 1
     switches = self._shared and config.placement.switching is Switching.HOST
-    self._switch = Switch(config, name, driver) if switches else None
+    self._switch = Switch(config, name, worker) if switches else None
     self._probe = probe
     self._lock = threading.Lock()
 

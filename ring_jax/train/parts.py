@@ -27,6 +27,7 @@ from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.probe import EngineProbe
 from rollout.scheduler import C3POScheduler
+from rollout.worker import EngineWorker
 
 _RL = ("rl", "rlhf")
 
@@ -42,7 +43,7 @@ class Parts:
   scorer: Scorer
   roles: Roles
   scheduler: C3POScheduler
-  driver: RolloutDriver
+  worker: EngineWorker
   streams: dict[str, ProblemStream | PairStream]
   sft: SFTPhase
   reward: RewardModelPhase | None  # None: the run has none
@@ -66,7 +67,8 @@ class Parts:
       mesh=roles.meshes[Role.ROLLOUT],
     )  # fmt: skip
     scheduler = C3POScheduler(config.rollout)
-    driver = RolloutDriver(engine, scheduler, lambda: turns.of(Role.ROLLOUT))
+    worker = EngineWorker(engine, lambda: turns.of(Role.ROLLOUT))
+    driver = RolloutDriver(worker, scheduler, config.rollout.max_tokens)
     streams = {name: ProblemStream(tasks, tokenizer) for name in ("sft", "rl")}
     scorer, problems = Scorer(pool, tokenizer), streams["rl"]
     score = lambda rollouts: scorer.score(rollouts, lambda rollout: problems.problem(rollout.problem))  # noqa: E731
@@ -79,10 +81,10 @@ class Parts:
     mesh = roles.meshes[Role.ACTOR]
     probe = None if mesh is None else EngineProbe(config.model, mesh, engine)
     phases = {
-      name: Orchestrator(config, name, roles, turns, engine, driver, score, problems, probe, span) for name in _RL
+      name: Orchestrator(config, name, roles, turns, worker, driver, score, problems, probe, span) for name in _RL
     }
     return cls(
-      config, tokenizer, tasks.held_out(), held_out_pairs, scorer, roles, scheduler, driver, streams,
+      config, tokenizer, tasks.held_out(), held_out_pairs, scorer, roles, scheduler, worker, streams,
       SFTPhase(config, roles.actor, streams["sft"]), reward, phases,
     )  # fmt: skip
 
@@ -120,8 +122,8 @@ class Parts:
   def extra(self, weights: Weights) -> dict[str, Any] | None:
     """Arrays: other roles, and the engine's cache where it must go on with what it has."""
     found = weights.beside_actor()
-    if self.driver.device_state is not None:
-      found["cache"] = self.driver.device_state
+    if self.worker.kept_state is not None:
+      found["cache"] = self.worker.kept_state
     return found or None
 
   def abstract_extra(self, phase: str) -> dict[str, Any] | None:
@@ -138,7 +140,7 @@ class Parts:
           found[role.value] = roles.abstract(role)
       if Role.CRITIC in wanted:
         found["critic_state"] = roles.critic(phase).abstract_optimizer(found["critic"])
-    cache = self.driver.abstract_device_state()
+    cache = self.worker.abstract_kept_state()
     if cache is not None:
       found["cache"] = cache
     return found or None
@@ -156,10 +158,10 @@ class Parts:
     return self.roles.abstract(Role.ACTOR), self.abstract_actor_state("sft"), max(phases, key=size)
 
   def restored(self, found: Restored) -> Weights:
-    """The weights of a checkpoint; the engine's cache goes to the driver."""
+    """The weights of a checkpoint; the engine's cache goes to its worker."""
     extra = dict(found.extra or {})
     if "cache" in extra:
-      self.driver.restore_device_state(extra.pop("cache"))
+      self.worker.restore(extra.pop("cache"))
     return Weights(found.params, found.optimizer_state, **extra)
 
   def _last(self, phase: str) -> str:

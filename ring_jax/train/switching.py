@@ -14,7 +14,7 @@ import jax
 
 from configs.schema import Memory, RunConfig
 from ring_jax.train.roles import Weights
-from rollout.driver import RolloutDriver
+from rollout.worker import EngineWorker
 from sharding.memory import Ledger, Place, free, to_device, to_host
 
 _ROLLOUT, _TRAINING = "rollout", "training"
@@ -30,9 +30,9 @@ class Switch:
   slack_bytes: of small constants on a device that belong to nobody.
   """
 
-  def __init__(self, config: RunConfig, name: str, driver: RolloutDriver, **slack_bytes: int):
+  def __init__(self, config: RunConfig, name: str, worker: EngineWorker, **slack_bytes: int):
     phase = config.phase(name)
-    self._driver = driver
+    self._worker = worker
     self._ledger = Ledger(**slack_bytes)
     self._known = False
     self._places = {
@@ -53,13 +53,13 @@ class Switch:
       LedgerError: something is not where it should be.
     """
     weights.actor_state, weights.critic_state = to_host(weights.actor_state), to_host(weights.critic_state)
-    self._driver.prepare()
+    self._worker.prepare()
     self._check(_ROLLOUT, weights, self._own(weights, stored))
 
   def to_training(self, weights: Weights, stored: Any) -> None:
     """After it; `stored` cannot be used any more."""
     own = self._own(weights, stored)
-    self._driver.free()
+    self._worker.free()
     free(own)
     for name, state in (("actor_state", weights.actor_state), ("critic_state", weights.critic_state)):
       if self._places[name.removesuffix("_state"), "optimizer"] is _HERE_IN_TRAINING:
@@ -80,7 +80,7 @@ class Switch:
       ("reference", "parameters"): weights.reference,
       ("reward", "parameters"): weights.reward,
       ("rollout", "weights"): own,
-      ("rollout", "cache"): self._driver.state,
+      ("rollout", "cache"): self._worker.state,
     }
     if not self._known:
       for key, tree in trees.items():

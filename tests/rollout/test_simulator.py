@@ -26,6 +26,7 @@ from rollout.simulator.batches import OnAbort, oversampled, synchronous
 from rollout.simulator.c3po import C3POSimulation, CountedRollout
 from rollout.simulator.costs import Costs, costs_dict, read_costs
 from rollout.simulator.lengths import Generator, Shape, Trace, read_trace
+from rollout.worker import EngineWorker
 
 PRICES = Costs(
   decode_step=0.5, decode_per_slot=0.25, decode_per_kv_token=0.125, prefill_call=2.0, prefill_per_token=0.0625, sync=3.0,
@@ -180,7 +181,7 @@ def test_it_decides_as_the_real_driver_on_the_real_engine_did():
   engine = RingEngine(tiny.model, config, eos_ids=(7, 8, 9), vocab_mask_V=mask, seed=3)
   stored = engine.load_params(ring_model.init_params(tiny.model, 0))
   scheduler = C3POScheduler(config)
-  driver = RolloutDriver(engine, scheduler)
+  driver = RolloutDriver(EngineWorker(engine), scheduler, config.max_tokens)
   prompts = iter([(problem, [10 + problem, 20, 30]) for problem in range(12)])
   results = []
   while not (scheduler.closed and scheduler.in_flight == 0):

@@ -11,9 +11,8 @@ from ring_jax.model import init_params
 from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.roles import Weights
 from ring_jax.train.switching import Switch
-from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
-from rollout.scheduler import C3POScheduler
+from rollout.worker import EngineWorker
 from sharding.memory import LedgerError
 from tests.train import small_run
 
@@ -31,9 +30,9 @@ def job():
   params = init_params(config.model, 0)
   mask_V = np.ones(config.model.vocab_size, bool)
   engine = RingEngine(config.model, config.rollout, eos_ids=(1,), vocab_mask_V=mask_V, seed=0)
-  driver = RolloutDriver(engine, C3POScheduler(config.rollout))
+  worker = EngineWorker(engine)
   weights = Weights(params, make_optimizer(config.rl.optimizer, 1).init(params))
-  return Switch(config, "rl", driver, slack_bytes=SLACK), weights, engine, driver
+  return Switch(config, "rl", worker, slack_bytes=SLACK), weights, engine, worker
 
 
 def kinds(tree):
@@ -41,33 +40,33 @@ def kinds(tree):
 
 
 def test_optimizer_state_and_cache_take_turns(job):
-  switch, weights, engine, driver = job
+  switch, weights, engine, worker = job
   before = jax.device_get(weights.actor_state)
   for _ in range(2):
     stored = engine.load_params(weights.actor)
     switch.to_rollout(weights, stored)
-    assert kinds(weights.actor_state) == {"pinned_host"} and driver.state is not None
+    assert kinds(weights.actor_state) == {"pinned_host"} and worker.state is not None
     switch.to_training(weights, stored)
-    assert kinds(weights.actor_state) == {jax.devices()[0].default_memory().kind} and driver.state is None
+    assert kinds(weights.actor_state) == {jax.devices()[0].default_memory().kind} and worker.state is None
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(stored))
   for leaf, other in zip(jax.tree.leaves(jax.device_get(weights.actor_state)), jax.tree.leaves(before), strict=True):
     np.testing.assert_array_equal(leaf, other)
 
 
 def test_a_cache_that_stays_is_named(job):
-  switch, weights, engine, driver = job
+  switch, weights, engine, worker = job
   stored = engine.load_params(weights.actor)
   switch.to_rollout(weights, stored)
-  driver.free = lambda: None
+  worker.free = lambda: None
   with pytest.raises(LedgerError, match="memory in phase training: rollout cache should be freed, and is not"):
     switch.to_training(weights, stored)
 
 
 def test_a_copy_that_somebody_keeps_is_found(job):
-  switch, weights, engine, driver = job
+  switch, weights, engine, worker = job
   stored = engine.load_params(weights.actor)
   switch.to_rollout(weights, stored)
-  kept = jax.tree.map(lambda leaf: leaf + 0, driver.state.cache)
+  kept = jax.tree.map(lambda leaf: leaf + 0, worker.state.cache)
   with pytest.raises(LedgerError, match="belong to nobody"):
     switch.to_training(weights, stored)
   assert kept
