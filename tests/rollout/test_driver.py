@@ -273,9 +273,11 @@ def test_rollouts_of_lost_slots_go_on_with_what_they_had(versions):
     worker = wrap(EngineWorker(engine(KVPolicy.RECOMPUTE)))
     driver = RolloutDriver(worker, scheduler, CONFIG.max_tokens)
     stored = engine(KVPolicy.RECOMPUTE).load_params(versions[0])
-    driver.iterate(stored, 0, Prompts())
-    result, _ = driver.iterate(stored, 0, Prompts(50))
-    outcomes.append({rollout.uid: rollout for rollout in result.rollouts} | {-1: scheduler.totals})
+    prompts = Prompts()
+    results = [driver.iterate(stored, 0, prompts)[0] for _ in range(2)]
+    outcomes.append(
+      {rollout.uid: rollout for result in results for rollout in result.rollouts} | {-1: scheduler.totals}
+    )
   plain, lossy = outcomes
   assert lossy[-1].redispatched > 0 and lossy[-1].aborted == 0 and plain[-1].redispatched == 0
   both = (plain.keys() & lossy.keys()) - {-1}
