@@ -12,6 +12,7 @@ per byte that the target needs:
     device_put  `jax.device_put` of the tree
 """
 
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels.timing import interleaved, ratio, show
-from sharding.transfer import move
+from sharding.transfer import host, move
 from sharding.transfer.plan import Route, TransferPlan, plan_transfer
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
@@ -57,10 +58,10 @@ def measure() -> dict[str, Any]:
   wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=target) for name in sent}
   plan = plan_transfer(sent, wanted)
   leaves = list(sent.values())
-  mover = {Route.HOST_VIEWS: move.host_views, Route.PIECES: move.in_pieces}[plan.route]
+  movers = {Route.HOST_VIEWS: functools.partial(host.move, compare=False), Route.PIECES: move.in_pieces}
   programs = {
     **_references(plan),
-    "move": lambda: mover(plan, leaves)[0],
+    "move": lambda: movers[plan.route](plan, leaves).arrived,
     "transfer": lambda: move.execute(plan, sent, 1).tree,
     "device_put": lambda: jax.device_put(sent, target),
   }
