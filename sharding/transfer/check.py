@@ -58,7 +58,7 @@ class Landed(NamedTuple):
   arrived: list[jax.Array]  # in the order of the plan
   moves: Moves | None = None  # that were made; None: JAX moved whole tensors
   differing: frozenset[int] = frozenset()  # positions in `moves` that were found to have other bits
-  compared: Mapping[tuple[int, int], int] = MappingProxyType({})  # by tensor and target device: the memory looked at
+  compared: Mapping[tuple[int, int], np.ndarray] = MappingProxyType({})  # memory looked at, by tensor and target device
 
 
 def places(plan: TransferPlan, sent: Sequence[jax.Array], version: int) -> None:
@@ -183,7 +183,8 @@ def _host_differences(plan: TransferPlan, sent: Sequence[jax.Array], landed: Lan
     (ours, ours_Nx2), (theirs, theirs_Nx2) = (
       views[side][i][plan.devices[place]] for side, place in enumerate(piece[:2])
     )
-    if landed.compared.get((i, piece.target)) == theirs.ctypes.data:
+    seen = landed.compared.get((i, piece.target))
+    if seen is not None and seen.ctypes.data == theirs.ctypes.data:
       return number in landed.differing
     parts = ours[shards.within(piece.box_Nx2, ours_Nx2)], theirs[shards.within(piece.box_Nx2, theirs_Nx2)]
     return not shards.Equal()(*shards.words(*parts))

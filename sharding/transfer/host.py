@@ -50,7 +50,7 @@ def move(plan: TransferPlan, sent: Sequence[jax.Array], compare: bool = True) ->
     runs = [ordered[at : at + _RUN] for at in range(0, len(ordered), _RUN)]
     differing.update(*shards.each(functools.partial(_moved, compare=compare), runs, size))
     moves += now
-  return Landed(place.arrays(), moves, frozenset(differing), place.addresses() if compare else {})
+  return Landed(place.arrays(), moves, frozenset(differing), place.buffers() if compare else {})
 
 
 class _Places:
@@ -82,9 +82,9 @@ class _Places:
       for leaf, parts in zip(plan.leaves, self._buffers, strict=True)
     ]
 
-  def addresses(self) -> dict[tuple[int, int], int]:
-    buffers = enumerate(self._buffers)
-    return {(i, device): buffer.ctypes.data for i, parts in buffers for device, buffer in parts.items()}
+  def buffers(self) -> dict[tuple[int, int], np.ndarray]:
+    """By tensor and target device."""
+    return {(i, device): buffer for i, parts in enumerate(self._buffers) for device, buffer in parts.items()}
 
 
 def _empty(box_Nx2: np.ndarray, dtype: np.dtype) -> np.ndarray:
