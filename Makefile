@@ -8,7 +8,7 @@ RUN     := $(VENV)/bin/python
 PYTEST  := $(RUN) -m pytest -n 2 --dist worksteal
 # Tests that spend their time in XLA and not in what it makes: they are compiled without optimisation.
 COMPILE_BOUND := tests/model tests/train/test_programs.py tests/train/test_scalar_programs.py tests/train/test_switching.py \
-  tests/train/test_memory_switch.py tests/rollout/test_probe.py tests/rollout/test_engine.py tests/launch/test_score.py
+  tests/rollout/test_probe.py tests/rollout/test_engine.py tests/launch/test_score.py
 
 # The toy runs are for the CPU, also on a machine that has an accelerator: JAX_PLATFORMS= make train takes that one.
 export JAX_PLATFORMS ?= cpu
@@ -51,10 +51,11 @@ test-pods: $(VENV)/test.stamp  ## Ring-mini, Ring-flash and Ring-1T compiled who
 parity: $(VENV)/test.stamp  ## compare with PyTorch, transformers and vLLM; the report is parity_report/report.html
 	$(RUN) -m parity.run --suite=all --report=parity_report
 
-bench: $(VENV)/train.stamp  ## the kernels' benchmarks
+bench: $(VENV)/train.stamp  ## the benchmarks of kernels and weight transfer
 	$(RUN) -m kernels.grouped_matmul.bench
 	$(RUN) -m kernels.linear_logprob.bench
 	$(RUN) -m kernels.attention.bench
+	JAX_NUM_CPU_DEVICES=8 $(RUN) -m sharding.transfer.bench
 
 lint: $(VENV)/test.stamp  ## format, and mend what can be mended
 	$(VENV)/bin/ruff check --fix .

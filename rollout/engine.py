@@ -15,7 +15,7 @@ Dimension key: B slots, P prompts of one prefill, T positions of a bucket, I ins
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from rollout import weights
 from rollout.jetstream_compat import engine_api, tokenizer_pb2
 from rollout.sampling import SamplingParams, sample
 from sharding import rules
-from sharding.transfer import TransferPlan, execute, plan_transfer
+from sharding.transfer import Keep, WeightLink
 
 _SMALLEST_BUCKET = 16
 
@@ -141,7 +141,6 @@ class RingEngine(engine_api.Engine):
     self._length = bucket(config.max_len)
     self._page_size = min(config.page_size, self._length)
     self.programs = self._programs()
-    self._plan: TransferPlan | None = None  # from where the trainer's weights lay last
 
   def _programs(self) -> "Programs":
     on_mesh = functools.partial(rules.Program, self._mesh)
@@ -156,28 +155,39 @@ class RingEngine(engine_api.Engine):
 
   # ---- weights and state
 
-  def load_params(self, params: ring_model.Params, version: int = 0) -> dict[str, Any]:
+  def load_params(
+    self,
+    params: ring_model.Params,
+    version: int | None = None,
+    probe: Callable[[ring_model.Params, dict[str, Any], int | None], None] | None = None,
+  ) -> dict[str, Any]:
     """The trainer's parameters as this engine stores and lays them out.
 
     What travels is cast or quantised already.  On the same devices in the same order it is one program; from other
-    devices it is an exact transfer, checked bit for bit (sharding/transfer).
+    devices it is an exact transfer, checked bit for bit (sharding/transfer).  The tree is the caller's: a version that
+    it dropped or freed takes no memory beside the next.
 
     Args:
-      version: named in errors.
+      version: from other devices larger than the last one; None: the next.
+      probe: of both sides and the version, the last check; raises TransferError.
 
     Raises:
-      TransferError: what arrived is not what was sent.
+      TransferError: what arrived is not what was sent; a version that the caller still has is as it was.
     """
-    if self._mesh is None:
-      return self.programs.pack(params)
     source = getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh = source.mesh if isinstance(source, jax.sharding.NamedSharding) else None
-    if mesh is not None and np.array_equal(mesh.devices.flat, self._mesh.devices.flat):
-      return self.transfer(params)
-    packed = rules.Program(mesh, functools.partial(weights.pack, dtype=self.config.dtype))(params)
-    if self._plan is None or self._plan.unlike(packed):
-      self._plan = plan_transfer(packed, self.abstract_stored())
-    return execute(self._plan, packed, version).tree
+    if self._mesh is not None and (mesh is None or not np.array_equal(mesh.devices.flat, self._mesh.devices.flat)):
+      packed = rules.Program(mesh, functools.partial(weights.pack, dtype=self.config.dtype))(params)
+      accept = None if probe is None else functools.partial(probe, params)
+      return self._link.send(packed, version, accept)
+    stored = self.programs.pack(params) if self._mesh is None else self.transfer(params)
+    if probe is not None:
+      probe(params, stored, version)
+    return stored
+
+  @functools.cached_property
+  def _link(self) -> WeightLink:
+    return WeightLink(self.abstract_stored(), keep=Keep.CALLER)
 
   def abstract_stored(self) -> dict[str, Any]:
     """The weights as the engine stores them: shapes and shardings."""

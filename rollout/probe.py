@@ -25,8 +25,7 @@ from ring_jax.model import Params, forward
 from rollout import weights
 from rollout.engine import RingEngine
 from sharding import rules
-from sharding.transfer import Probe, plan_transfer
-from sharding.transfer.check import differing, disagreement, report
+from sharding.transfer import Probe, check
 
 _LENGTH = 16
 _SEED = 7
@@ -54,10 +53,7 @@ class EngineProbe:
 
   def __call__(self, params: Params, stored: dict[str, Any], version: int) -> None:
     """Raises TransferError, which names the tensors: the engine's weights are not the trainer's."""
-    says = disagreement(self._probe, params, stored)
-    if says:
-      packed = rules.Program(self._mesh, self._pack)(params)
-      report(version, says, differing(plan_transfer(packed, stored), packed, stored))
+    check.probe(self._probe, params, stored, version, rules.Program(self._mesh, self._pack))
 
   def _logps(self, model: ModelConfig, stored: dict[str, Any]) -> jax.Array:
     """float32 [N]: of each next token of the rows."""

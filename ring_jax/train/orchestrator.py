@@ -174,9 +174,7 @@ class Orchestrator:
     Raises:
       TransferError: what arrived is not what was sent, or the engine computes something else with it.
     """
-    stored = jax.block_until_ready(self._engine.load_params(weights.actor, version))
-    if self._probe is not None:
-      self._probe(weights.actor, stored, version)
+    stored = jax.block_until_ready(self._engine.load_params(weights.actor, version, self._probe))
     if weights.critic is None or self._roles.judge is Role.CRITIC:
       return stored, weights.critic
     return stored, self._roles.hand_over(weights.critic, Role.SHADOW_CRITIC, version)

@@ -25,7 +25,7 @@ from ring_jax.train.programs import Programs
 from ring_jax.train.scalar_programs import ScalarPrograms
 from ring_jax.train.updates import Update
 from sharding.placement import Placement
-from sharding.transfer import TransferPlan, execute, plan_transfer
+from sharding.transfer import Keep, WeightLink
 
 
 @dataclasses.dataclass
@@ -62,7 +62,7 @@ class Roles:
     }
     self._policies: dict[Any, Programs] = {}
     self._scalars: dict[Any, ScalarPrograms] = {}
-    self._plans: dict[Role, TransferPlan] = {}
+    self._links: dict[Role, WeightLink] = {}
 
   @property
   def judge(self) -> Role:
@@ -120,15 +120,18 @@ class Roles:
     model = dataclasses.replace(self._config.model, parallel=self._seats[role].parallel)
     return (abstract_scalar if scalar else abstract_params)(model, self.meshes[role])
 
-  def hand_over(self, params: Params, role: Role, version: int = 0) -> Params:
+  def hand_over(self, params: Params, role: Role, version: int | None = None) -> Params:
     """A copy of parameters, of whatever layout, as the role lays them out; checked bit for bit.
+
+    Args:
+      version: where the role has a mesh, larger than the last one that it was handed; None: the next.
 
     Raises:
       TransferError: what arrived is not what was sent.
     """
     if self.meshes[role] is None:
       return jax.tree.map(jax.numpy.copy, params)
-    plan = self._plans.get(role)
-    if plan is None or plan.unlike(params):
-      plan = self._plans[role] = plan_transfer(params, self.abstract(role))
-    return execute(plan, params, version).tree
+    if role not in self._links:
+      # What a phase ends with must not stay in memory for the sake of the next one.
+      self._links[role] = WeightLink(self.abstract(role), keep=Keep.CALLER)
+    return self._links[role].send(params, version)

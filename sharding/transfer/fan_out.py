@@ -4,7 +4,8 @@ Where an engine repeats a tensor on n devices, a direct plan sends it n times ov
 Here each of the n is sent a part, and an all-gather over the engine's own links makes the tensor whole: two transfers,
 the second on the engine's devices alone.  The engine holds the parts (1/n of such tensors) until the gather is done.
 
-On pods with whole weights on every device this is what counts (docs/transfer.md); on one host it is a copy more.
+On pods with whole weights on every device this is what counts (docs/transfer.md); on one host it is a copy more, and
+`cheapest` takes the direct plan.
 """
 
 import dataclasses
@@ -13,14 +14,37 @@ import math
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sharding.transfer.plan import BUCKET_BYTES, PyTree, Route, TransferPlan, plan_transfer
+from sharding.transfer.plan import BUCKET_BYTES, PyTree, Route, TransferPlan, named_leaves, plan_transfer
 
 
-def plan_fan_out(source: PyTree, target: PyTree, *, bucket_bytes: int = BUCKET_BYTES) -> TransferPlan:
-  """As `plan_transfer`, in two steps: to parts, and `then` from parts to whole tensors, in one program."""
+def cheapest(
+  source: PyTree, target: PyTree, *, bucket_bytes: int = BUCKET_BYTES, route: Route | None = None
+) -> TransferPlan:
+  """The direct plan, or this one where that costs less (`TransferPlan.cost`)."""
+  direct = plan_transfer(source, target, bucket_bytes=bucket_bytes, route=route)
+  fanned = plan_fan_out(source, target, bucket_bytes=bucket_bytes, route=route)
+  return fanned if fanned.cost < direct.cost else direct
+
+
+def plan_fan_out(
+  source: PyTree, target: PyTree, *, bucket_bytes: int = BUCKET_BYTES, route: Route | None = None
+) -> TransferPlan:
+  """As `plan_transfer`, in two steps: to parts, and `then` from parts to whole tensors, in one program.
+
+  Tensors without replicas take the first step only; where none has any, it is the direct plan.
+  """
   parts = scattered(target)
-  gather = plan_transfer(parts, target, bucket_bytes=bucket_bytes, route=Route.WHOLE)
-  return dataclasses.replace(plan_transfer(source, parts, bucket_bytes=bucket_bytes), then=gather)
+  plan = plan_transfer(source, parts, bucket_bytes=bucket_bytes, route=route)
+  whole = dict(named_leaves(target))
+  cut = {
+    name: part
+    for name, part in named_leaves(parts)
+    if not part.sharding.is_equivalent_to(whole[name].sharding, len(part.shape))
+  }
+  if not cut:
+    return plan
+  gather = plan_transfer(cut, {name: whole[name] for name in cut}, bucket_bytes=bucket_bytes, route=Route.WHOLE)
+  return dataclasses.replace(plan, then=gather)
 
 
 def scattered(target: PyTree) -> PyTree:

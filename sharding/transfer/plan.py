@@ -17,6 +17,7 @@ source and the target, R holders of one; D all devices.  A box is [N, 2]: start 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from configs.base import ConfigError, Enum, require
 
 PyTree = Any
 BUCKET_BYTES = 256 << 20
+# A torus cut in two has at least this many times fewer links between the halves than its devices have within (predict.py).
+_ACROSS = 4
 
 
 class Route(Enum):
@@ -51,12 +54,23 @@ class Piece(NamedTuple):
   def shape(self) -> tuple[int, ...]:
     return tuple(int(n) for n in self.box_Nx2[:, 1] - self.box_Nx2[:, 0])
 
+  @property
+  def elements(self) -> int:
+    return math.prod(self.shape)
+
+
+Moves = list[tuple[int, Piece]]  # tensor, and what goes of it
+
 
 class Layout(NamedTuple):
   """Where a tensor lies: which devices hold it, and which box each."""
 
   device_S: np.ndarray  # positions in `TransferPlan.devices`
   box_SxNx2: np.ndarray
+
+  def boxes(self) -> dict[int, np.ndarray]:
+    """By device."""
+    return dict(zip(self.device_S.tolist(), self.box_SxNx2, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +114,10 @@ class Leaf:
   def shard_bytes_T(self) -> np.ndarray:
     return _elements(self.target.box_SxNx2) * self.dtype.itemsize
 
+  def whole(self) -> Iterator[Piece]:
+    """Everything that goes, not cut into parts."""
+    return itertools.starmap(Piece, zip(*self.device_Px2.T.tolist(), self.boxes(), strict=True))
+
   def part(self, part: int) -> Iterator[Piece]:
     """What goes with one part."""
     for (source, target), box_Nx2 in zip(self.device_Px2.tolist(), self.boxes(part, self.parts), strict=True):
@@ -142,6 +160,20 @@ class TransferPlan:
   @property
   def local(self) -> int:
     return int(self.local_D.sum())
+
+  @property
+  def cost(self) -> int:
+    """Bytes, to choose by between ways to the same target.
+
+    Where all is host memory, those that are written; elsewhere those over links, and those that come from devices which
+    are not the target's, over the fewer links that join both sets, count more.
+    """
+    then = 0 if self.then is None else self.then.cost
+    if self.route is Route.HOST_VIEWS:
+      return self.needed + then
+    inside = {device for leaf in self.leaves for device in leaf.target.device_S.tolist()}
+    across = int(np.delete(self.sent_D, list(inside)).sum())
+    return self.moved + (_ACROSS - 1) * across + then
 
   @property
   def extra_bytes(self) -> int:

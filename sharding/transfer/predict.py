@@ -97,7 +97,7 @@ def predict(source: PyTree, target: PyTree, between: Halves) -> list[Prediction]
   direct = plan_transfer(source, target)
   found = [Prediction("direct", direct.needed, direct.moved, _seconds(direct, between), *_buckets(direct))]
   plan = plan_fan_out(source, target)
-  received = float(plan.then.received_D.max(initial=0))
+  received = 0.0 if plan.then is None else float(plan.then.received_D.max(initial=0))
   seconds = _seconds(plan, between) | {"fan_out": received / _own_links(between.chip)}
   found.append(Prediction("fan_out", direct.needed, plan.moved, seconds, *_buckets(plan)))
   return found

@@ -13,6 +13,7 @@ from ring_jax.model import init_params, param_shardings
 from rollout import weights
 from rollout.engine import RingEngine
 from sharding.mesh import make_mesh
+from sharding.transfer import TransferError
 
 CONFIG = get_config().model
 
@@ -86,3 +87,13 @@ def test_weights_reach_an_engine_on_other_devices_bit_for_bit(params, dtype, sta
     for name, leaf in got.items():
       assert leaf.sharding == flat(engine.abstract_stored())[name].sharding
       np.testing.assert_array_equal(np.asarray(leaf).view(np.uint8), np.asarray(expected[name]).view(np.uint8), name)
+
+  def refuse(sent, stored, version):
+    assert sent is held and version == 3 and flat(stored).keys() == expected.keys()
+    raise TransferError("the probe differs")
+
+  with pytest.raises(TransferError, match="version 2 after version 2: versions must grow"):
+    engine.load_params(held, 2)
+  with pytest.raises(TransferError, match="the probe differs"):
+    engine.load_params(held, 3, refuse)
+  assert flat(engine.load_params(held, 3)).keys() == expected.keys(), "what was refused was not committed"

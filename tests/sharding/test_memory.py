@@ -9,7 +9,8 @@ import pytest
 
 from configs.base import ConfigError
 from sharding.memory import Ledger, LedgerError, Place, free, to_device, to_host
-from tests.sharding.test_transfer_plan import TRAIN, abstract, on
+from sharding.transfer import Keep, WeightLink
+from tests.sharding.test_transfer_plan import ROLLOUT, TRAIN, abstract, on
 
 CUT, WHOLE = on(TRAIN, "fsdp", "expert"), on(TRAIN)
 AT_HOST = {"rollout": Place.HOST, "training": Place.DEVICE}
@@ -77,6 +78,21 @@ def test_phases_one_after_the_other(ledger):
     ledger.hold("actor", "optimizer", opt)
     ledger.hold("rollout", "kv_cache", kv)
   assert not jax.tree.leaves(params)[0].is_deleted()
+
+
+def test_weights_that_arrive_are_their_receiver_s(ledger):
+  """The old version goes before the new one comes, and the link holds nothing that belongs to nobody."""
+  sent = state(1)
+  link = WeightLink(jax.tree.map(lambda leaf: abstract(leaf.shape, on(ROLLOUT)), {"mu": sent["mu"]}), keep=Keep.CALLER)
+  ledger.register("actor", "parameters", sent, ALWAYS)
+  ledger.register("rollout", "weights", {"mu": abstract((64, 96), on(ROLLOUT))}, AT_ROLLOUT)
+  for version in range(3):
+    ledger.check("training")
+    stored = link.send({"mu": sent["mu"]}, version)
+    ledger.hold("rollout", "weights", stored)
+    ledger.check("rollout")
+    free(stored)
+    assert link.tree is None and link.version == version
 
 
 def test_a_look_at_values_is_no_leak(ledger):
