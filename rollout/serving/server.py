@@ -1,0 +1,223 @@
+"""A server from its beginning to its end.
+
+ports -> checkpoint -> engine, one slot of every length warmed up -> service -> HTTP (and JetStream's gRPC)
+SIGTERM or Ctrl-C: takes nothing in, lets what runs end, ends with status 0; a second one ends at once
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import pathlib
+import secrets
+import socket
+import sys
+import threading
+from types import FrameType
+from typing import Any, NamedTuple
+
+import uvicorn
+
+from configs import loading
+from configs.schema import ChatTemplate, ConfigError, ModelConfig, RolloutConfig, RolloutDtype, TokenizerConfig, require
+from configs.status import ExitStatus
+from ring_jax.checkpoint.resolve import Opened, open_checkpoint
+from ring_jax.data.tokenizer import Tokenizer
+from rollout.engine import RingEngine, Sampling, bucket
+from rollout.service import EngineService
+from rollout.serving.http import Front, Limits, Model
+from rollout.serving.settings import Settings
+from rollout.worker import EngineWorker, Job
+
+_TOKENIZER = "tokenizer.json"
+_LENGTH = 1024  # of prompt and of answer, where neither flag nor run says
+_LAST_BYTES_SECONDS = 10  # for clients to read what was drawn
+
+
+class Loaded(NamedTuple):
+  """A model that can decode."""
+
+  engine: RingEngine
+  params: Any  # as the engine stores them
+  version: int
+  model: Model
+
+
+def load(settings: Settings) -> Loaded:
+  """
+  Raises:
+    CheckpointError: there is no checkpoint.
+    ConfigError: a setting does not fit it.
+  """
+  stored = settings.dtype if settings.dtype in (RolloutDtype.FLOAT32, RolloutDtype.BFLOAT16) else None
+  opened = open_checkpoint(settings.checkpoint, dtype=stored and stored.value)
+  tokenizer, template = _text(opened, settings)
+  require(
+    tokenizer.vocab_size <= opened.config.vocab_size,
+    f"model.vocab_size={opened.config.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids",
+  )
+  engine = RingEngine(
+    opened.config,
+    _rollout(settings, opened.config),
+    eos_ids=sorted(tokenizer.eos_ids),
+    vocab_mask_V=tokenizer.sampleable_mask(opened.config.vocab_size),
+    seed=secrets.randbits(31),
+  )
+  model = Model(
+    name=settings.model_name or pathlib.Path(settings.checkpoint).resolve().name,
+    tokenizer=tokenizer,
+    vocab_size=opened.config.vocab_size,
+    template=template,
+    sampling=Sampling(settings.temperature, settings.top_p, settings.top_k, secrets.randbits(31)),
+  )
+  return Loaded(engine, engine.load_params(opened.params), opened.step or 0, model)
+
+
+def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
+  half = min(_LENGTH, model.max_position_embeddings // 2)
+  prompt, answer = settings.max_prompt_tokens or half, settings.max_tokens or half
+  require(
+    prompt + answer <= model.max_position_embeddings,
+    f"--max_prompt_tokens + --max_tokens = {prompt + answer}: more than model.max_position_embeddings="
+    f"{model.max_position_embeddings}",
+  )
+  default = RolloutDtype.BFLOAT16 if model.dtype == "bfloat16" else RolloutDtype.FLOAT32
+  return RolloutConfig(
+    token_budget=1,
+    slots=settings.slots,
+    group_size=1,
+    max_prompt_tokens=prompt,
+    max_tokens=answer,
+    dtype=settings.dtype or default,
+    page_size=settings.page_size,
+    steps_per_dispatch=settings.steps_per_dispatch,
+    prefill_batch=min(settings.slots, 4),
+  )
+
+
+def _text(opened: Opened, settings: Settings) -> tuple[Tokenizer, TokenizerConfig]:
+  """Tokenizer and template: a run's own, or those of a Hugging Face folder."""
+  folder = pathlib.Path(opened.extras["folder"])
+  template, places = TokenizerConfig(template=ChatTemplate.CHAT), [folder / _TOKENIZER]
+  if "config" in opened.extras:
+    config = loading.from_dict(opened.extras["config"])
+    template, places = config.tokenizer, [folder.absolute().parents[1] / _TOKENIZER]  # built by the run, in its workdir
+    if config.init:
+      places.insert(0, pathlib.Path(config.init) / _TOKENIZER)
+    if template.path:
+      places.insert(0, pathlib.Path(template.path))
+  if settings.tokenizer:
+    places = [pathlib.Path(settings.tokenizer)]
+  found = next((place for place in places if place.exists()), None)
+  require(found is not None, f"--tokenizer is needed: there is none at {' or '.join(str(place) for place in places)}")
+  if settings.thinking is not None:
+    template = dataclasses.replace(template, thinking=settings.thinking)
+  return Tokenizer.load(found), template
+
+
+def warm_up(worker: EngineWorker, loaded: Loaded) -> None:
+  """Compiles what requests will need: a prefill of every length, and the decode step."""
+  worker.begin(loaded.params, loaded.version, [])
+  length, longest = 1, loaded.engine.config.max_prompt_tokens
+  while length:
+    worker.advance([Job(0, 0, [0] * length, 1)])
+    worker.release([0])
+    length = min(2 * bucket(length), longest) if bucket(length) < longest else 0
+
+
+def serve(settings: Settings) -> None:
+  """Serves until it is told to end.
+
+  Raises:
+    ConfigError: a port is taken, or a setting does not fit the checkpoint.
+  """
+  listener = _bind(settings.host, settings.port, "port")
+  if settings.grpc_port:
+    _bind(settings.host, settings.grpc_port, "grpc_port").close()  # gRPC itself shares a port that is taken
+  loaded = load(settings)
+  worker = EngineWorker(loaded.engine)
+  warm_up(worker, loaded)
+  service = EngineService(worker, loaded.params, loaded.version, max_waiting=settings.max_waiting)
+  config = loaded.engine.config
+  limits = Limits(
+    config.max_prompt_tokens, config.max_tokens, settings.slots + settings.max_waiting, settings.max_body_bytes
+  )
+  front = Front(service, loaded.model, limits, settings.api_key)
+  fronts = [front] + ([_jetstream(loaded, settings)] if settings.grpc_port else [])
+  _announce(settings, loaded, listener.getsockname()[1])
+  server = _Server(_uvicorn(front, settings), fronts)
+  asyncio.run(server.serve([listener]))
+  for each in fronts[1:]:
+    each.stop()
+  service.close()
+
+
+def _bind(host: str, port: int, flag: str) -> socket.socket:
+  try:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((host, port), family=family)
+  except OSError as error:
+    raise ConfigError(f"--host={host} --{flag}={port}: cannot listen there ({error.strerror or error})") from None
+  listener.setblocking(False)
+  return listener
+
+
+def _jetstream(loaded: Loaded, settings: Settings):
+  from rollout.serving import jetstream  # only here: JetStream's server is not for everyone
+
+  model, config = loaded.model, loaded.engine.config
+  driver = jetstream.Driver(loaded.engine, loaded.params, model.tokenizer, model.sampling, settings.max_waiting)
+  door = jetstream.Door(
+    model.tokenizer, model.vocab_size, config.max_prompt_tokens, config.max_tokens, settings.api_key
+  )
+  return jetstream.JetStream(driver, door, settings.host, settings.grpc_port)
+
+
+def _announce(settings: Settings, loaded: Loaded, port: int) -> None:
+  host = f"[{settings.host}]" if ":" in settings.host else settings.host
+  config = loaded.engine.config
+  print(
+    f"{loaded.model.name} (weights {loaded.version}): {config.slots} slots, prompts up to {config.max_prompt_tokens} and"
+    f" answers up to {config.max_tokens} tokens, {config.dtype}"
+  )
+  if not (settings.is_local or settings.api_key):
+    print("warning: everyone who can reach this host may use the server; --api_key asks for a key", file=sys.stderr)
+  if settings.grpc_port:
+    print(f"JetStream gRPC at {host}:{settings.grpc_port}")
+  print(f"serving at http://{host}:{port}/v1; Ctrl-C or SIGTERM lets requests end, a second one does not", flush=True)
+
+
+def _uvicorn(front: Front, settings: Settings) -> uvicorn.Config:
+  return uvicorn.Config(
+    front.app,
+    http="h11",
+    ws="none",
+    lifespan="off",
+    log_config=None,
+    access_log=False,
+    server_header=False,
+    limit_concurrency=settings.max_connections,
+    timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+  )
+
+
+class _Server(uvicorn.Server):
+  """Ends as the module's docstring says."""
+
+  def __init__(self, config: uvicorn.Config, fronts: list[Any]):
+    super().__init__(config)
+    self._fronts, self._ending = fronts, False
+
+  def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    """uvicorn's handler of SIGTERM and SIGINT."""
+    if self._ending:
+      with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), b"ended at once: requests were cut off\n")
+      os._exit(ExitStatus.INTERRUPTED)
+    self._ending = True
+    threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+  def _drain(self) -> None:
+    for front in self._fronts:
+      front.drain()
+    self.should_exit = True
