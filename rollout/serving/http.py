@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hmac
 import json
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -38,7 +37,6 @@ from rollout.serving.metrics import Metrics
 from rollout.serving.schema import ChatRequest, CompletionRequest, RequestError, parse
 from rollout.serving.text import Writer
 
-_LOG = logging.getLogger(__name__)
 _BODY_SECONDS = 60.0  # for a request's body to arrive
 _COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _PATHS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics")
@@ -86,7 +84,12 @@ class Front:
         Route("/health", self._health),
         Route("/metrics", self._metrics),
       ],
-      exception_handlers={RequestError: _refused, HTTPException: _no_route},
+      exception_handlers={
+        RequestError: _refused,
+        HTTPException: _no_route,
+        ClientDisconnect: _gone,
+        Exception: _fault,  # uvicorn logs it
+      },
     )
     self.app: ASGIApp = functools.partial(_guarded, starlette, self)
 
@@ -218,16 +221,13 @@ class Front:
 
 
 async def _guarded(app: ASGIApp, front: Front, scope: Scope, receive: Receive, send: Send) -> None:
-  """The key, the count of answers, and faults of this server; around all routes."""
+  """The key and the count of answers, around all routes."""
   if scope["type"] != "http":
     return
   path = scope["path"] if scope["path"] in _PATHS else "other"
-  begun = False
 
   async def counted(message: Message) -> None:
-    nonlocal begun
     if message["type"] == "http.response.start":
-      begun = True
       front.metrics.answers.labels(path, message["status"]).inc()
     await send(message)
 
@@ -236,26 +236,27 @@ async def _guarded(app: ASGIApp, front: Front, scope: Scope, receive: Receive, s
     await app(scope, receive, counted)
   except RequestError as error:
     await _error_response(error)(scope, receive, counted)
-  except ClientDisconnect:
-    pass
-  except Exception:
-    _LOG.exception("a request failed")
-    if begun:
-      raise  # the connection is closed: the client sees that the answer is not whole
-    await _error_response(RequestError(500, "internal error", code="internal"))(scope, receive, counted)
 
 
 def _error_response(error: RequestError) -> Response:
   return JSONResponse(error.body(), error.status, headers=error.headers)
 
 
-async def _refused(_: Request, error: RequestError) -> Response:
+async def _refused(request: Request, error: RequestError) -> Response:
   return _error_response(error)
 
 
 async def _no_route(request: Request, error: HTTPException) -> Response:
   message = f"{request.method} {request.url.path}: {error.detail}"
   return _error_response(RequestError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _gone(request: Request, error: ClientDisconnect) -> Response:
+  return Response(status_code=499)  # nobody reads it; the metrics count it, by the number that nginx gives it
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+  return _error_response(RequestError(500, "internal error", code="internal"))
 
 
 async def _body(request: Request, limit: int) -> bytes:

@@ -165,8 +165,9 @@ def _bind(host: str, port: int, flag: str) -> socket.socket:
 def _jetstream(loaded: Loaded, settings: Settings):
   from rollout.serving import jetstream  # only here: JetStream's server is not for everyone
 
-  model, config = loaded.model, loaded.engine.config
-  driver = jetstream.Driver(loaded.engine, loaded.params, model.tokenizer, model.sampling, settings.max_waiting)
+  model, config, engine = loaded.model, loaded.engine.config, loaded.engine
+  engine.generate(loaded.params, engine.init_decode_state())  # compiles JetStream's single step
+  driver = jetstream.Driver(engine, loaded.params, model.tokenizer, model.sampling, settings.max_waiting)
   door = jetstream.Door(
     model.tokenizer, model.vocab_size, config.max_prompt_tokens, config.max_tokens, settings.api_key
   )
@@ -190,12 +191,14 @@ def _announce(settings: Settings, loaded: Loaded, port: int) -> None:
 def _uvicorn(front: Front, settings: Settings) -> uvicorn.Config:
   return uvicorn.Config(
     front.app,
+    interface="asgi3",
     http="h11",
     ws="none",
     lifespan="off",
     log_config=None,
     access_log=False,
     server_header=False,
+    proxy_headers=False,
     limit_concurrency=settings.max_connections,
     timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
   )
