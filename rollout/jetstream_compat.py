@@ -59,16 +59,14 @@ class ServerModules(NamedTuple):
   orchestrator: types.ModuleType
   server_lib: types.ModuleType
   jetstream_pb2: types.ModuleType
-  tokenizer_api: types.ModuleType
 
 
 def server_modules() -> ServerModules:
   with _root_logger_kept():
     from jetstream.core import orchestrator, server_lib
     from jetstream.core.proto import jetstream_pb2
-    from jetstream.engine import tokenizer_api
   orchestrator.delete_pytree = _delete
-  return ServerModules(orchestrator, server_lib, jetstream_pb2, tokenizer_api)
+  return ServerModules(orchestrator, server_lib, jetstream_pb2)
 
 
 def _delete(tree: Any) -> None:

@@ -20,6 +20,7 @@ import itertools
 import logging
 import queue
 import time
+import types
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ from rollout.serving.text import Writer
 
 _LOG = logging.getLogger(__name__)
 _THREADS = 64  # JetStream's own least number
-orchestrator, server_lib, jetstream_pb2, tokenizer_api = jetstream_compat.server_modules()
+orchestrator, server_lib, jetstream_pb2 = jetstream_compat.server_modules()
 
 
 class EngineFailed(RuntimeError):
@@ -50,16 +51,17 @@ class _Prompt:
 class _Slots:
   """The engine as JetStream's driver sees it; what is not here is the engine's own."""
 
-  def __init__(self, engine: RingEngine, tokenizer: Tokenizer, sampling: Sampling):
-    self._engine, self._tokenizer, self._sampling = engine, tokenizer, sampling
+  def __init__(self, engine: RingEngine, sampling: Sampling):
+    self._engine, self._sampling = engine, sampling
     self._uids = itertools.count()
     self._request_in: dict[int, Any] = {}  # by slot; of the generate thread
 
   def __getattr__(self, name: str) -> Any:
     return getattr(self._engine, name)
 
-  def build_tokenizer(self, _) -> "_Ids":
-    return _Ids(self._tokenizer)
+  def build_tokenizer(self, _) -> types.SimpleNamespace:
+    """JetStream sees ids only, and must know which of them end an answer."""
+    return types.SimpleNamespace(stop_tokens=set(self._engine.eos_ids))
 
   def prefill(self, *, params: Any, padded_tokens: _Prompt, true_length: int) -> _Prompt:
     request = padded_tokens.request
@@ -85,42 +87,13 @@ class _Slots:
     return self._engine.generate(params, decode_state)
 
 
-class _Ids(tokenizer_api.Tokenizer):
-  """What JetStream asks of a tokenizer where text never reaches it."""
-
-  def __init__(self, tokenizer: Tokenizer):
-    self._tokenizer = tokenizer
-
-  def encode(self, s: str, **kwargs):
-    return self._tokenizer.encode(s), None
-
-  def decode(self, token_ids: list[int], **kwargs) -> str:
-    return self._tokenizer.decode(token_ids)
-
-  @property
-  def pad_id(self) -> int:
-    return self._tokenizer.pad_id
-
-  @property
-  def eos_id(self) -> int:
-    return min(self._tokenizer.eos_ids)
-
-  @property
-  def bos_id(self) -> int:
-    return self._tokenizer.pad_id
-
-  @property
-  def stop_tokens(self) -> set[int]:
-    return set(self._tokenizer.eos_ids)
-
-
 class Driver(orchestrator.Driver):
   """JetStream's driver, with an end to its queue; a thread that fails ends its requests and nothing else."""
 
-  def __init__(self, engine: RingEngine, params: Any, tokenizer: Tokenizer, sampling: Sampling, max_waiting: int):
+  def __init__(self, engine: RingEngine, params: Any, sampling: Sampling, max_waiting: int):
     self._most = engine.config.slots + max_waiting
     self._asked: list[Any] = []  # requests that have not ended
-    slots = _Slots(engine, tokenizer, sampling)
+    slots = _Slots(engine, sampling)
     super().__init__([slots], [slots], [params], [params], interleaved_mode=True)
 
   def place_request_on_prefill_queue(self, request: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 from pydantic_core import PydanticCustomError
 
+LEAST_TEMPERATURE = 0.01  # of those above 0: with less, the logits are no longer finite
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # characters: what is compared with every token
 
@@ -93,6 +94,13 @@ class _Common(_Part):
       if isinstance(fields, dict) and fields.get(name) is not None and fields[name] not in neutral:
         raise _error(name, "is not supported by this server")
     return fields
+
+  @pydantic.field_validator("temperature")
+  @classmethod
+  def _finite_logits(cls, temperature: float) -> float:
+    if 0 < temperature < LEAST_TEMPERATURE:
+      raise ValueError(f"must be 0 (greedy), or from {LEAST_TEMPERATURE} to 2")
+    return temperature
 
   @pydantic.field_validator("stop", mode="before")
   @classmethod

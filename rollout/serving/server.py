@@ -167,7 +167,7 @@ def _jetstream(loaded: Loaded, settings: Settings):
 
   model, config, engine = loaded.model, loaded.engine.config, loaded.engine
   engine.generate(loaded.params, engine.init_decode_state())  # compiles JetStream's single step
-  driver = jetstream.Driver(engine, loaded.params, model.tokenizer, model.sampling, settings.max_waiting)
+  driver = jetstream.Driver(engine, loaded.params, model.sampling, settings.max_waiting)
   door = jetstream.Door(
     model.tokenizer, model.vocab_size, config.max_prompt_tokens, config.max_tokens, settings.api_key
   )
@@ -197,6 +197,7 @@ def _uvicorn(front: Front, settings: Settings) -> uvicorn.Config:
     lifespan="off",
     log_config=None,
     access_log=False,
+    log_level="error",  # what strangers send is not worth a line
     server_header=False,
     proxy_headers=False,
     limit_concurrency=settings.max_connections,

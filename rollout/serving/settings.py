@@ -5,6 +5,7 @@ import ipaddress
 
 from configs.base import require
 from configs.schema import RolloutDtype
+from rollout.serving.schema import LEAST_TEMPERATURE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,10 @@ class Settings:
     ):  # fmt: skip
       value = getattr(self, name)
       require(value is None or least <= value <= most, f"--{name}={value}: must be from {least} to {most}")
+    require(
+      self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE,
+      f"--temperature={self.temperature}: must be 0 (greedy), or from {LEAST_TEMPERATURE} to 2",
+    )
     require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be from above 0 to 1")
     require(self.grpc_port == 0 or self.grpc_port != self.port, f"--grpc_port={self.grpc_port}: is --port too")
     require(
