@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.parallel import MeshConfig
 from rollout.sampling import SamplingParams, _first_above, _invert, sample
+from sharding import rules
+from sharding.mesh import make_mesh
 
 V, D = 300, 8
 
@@ -93,6 +96,22 @@ def test_of_several_likeliest_the_first_is_taken():
   tokens, logps = draw((np.ones(1, np.float32), head_1xV, mask_V), 50, temperature=0.0)
   assert set(tokens) == {131}
   np.testing.assert_allclose(logps, 2 - np.log(2 * np.exp(2) + V - 3), atol=1e-5)
+
+
+def test_a_cut_vocabulary_has_the_same_likeliest_token(head):
+  hidden_D, head_DxV, mask_V = head
+  tied_DxV = head_DxV.copy()
+  tied_DxV[:, 299] = tied_DxV[:, exact_logps(head).argmax()]
+  mask_V = np.ones(V, bool)
+  hidden_BxD = np.random.default_rng(1).normal(size=(8, D)).astype(np.float32)
+  hidden_BxD[0] = hidden_D
+  arguments = (hidden_BxD, tied_DxV, mask_V, params(8, temperature=0.0), np.arange(8, dtype=np.uint32), np.arange(8))
+  tokens, logps = jax.jit(sample)(*arguments)
+  mesh = make_mesh(MeshConfig(data=2, tensor=4), jax.devices()[:8])
+  cut_tokens, cut_logps = rules.Program(mesh, sample)(*jax.tree.map(jnp.asarray, arguments))
+  np.testing.assert_array_equal(cut_tokens, tokens)
+  np.testing.assert_allclose(cut_logps, logps, atol=1e-6)
+  assert len(set(np.asarray(tokens))) > 3 and tokens[0] != 299
 
 
 def test_a_draw_depends_on_uid_and_position_only(head):

@@ -4,40 +4,24 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import time
 
 import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs.ring_tiny import get_config
 from configs.schema import ChatTemplate, ConfigError, TokenizerConfig
 from ring_jax import model as ring_model
 from ring_jax.data.chat import render_prompt
-from ring_jax.data.tokenizer import Tokenizer
-from rollout.engine import RingEngine, Sampling
 from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
 from rollout.serving.schema import ChatRequest, CompletionRequest, RequestError, parse
 from rollout.serving.settings import Settings
 from rollout.worker import EngineWorker
+from tests.rollout.serving_cases import ENGINE, GREEDY, MODEL, TOKENIZER
 
-TOKENIZER = Tokenizer.build()
-MODEL = dataclasses.replace(
-  get_config().model,
-  vocab_size=280,
-  hidden_size=32,
-  num_hidden_layers=2,
-  intermediate_size=32,
-  moe_intermediate_size=16,
-)
-CONFIG = dataclasses.replace(
-  get_config().rollout, slots=2, pool=2, group_size=1, max_prompt_tokens=90, max_tokens=100, steps_per_dispatch=2,
-  prefill_batch=2,
-)  # fmt: skip
-ENGINE = RingEngine(MODEL, CONFIG, eos_ids=(), vocab_mask_V=TOKENIZER.sampleable_mask(280), seed=1)
 LIMITS = Limits(max_prompt_tokens=90, max_tokens=100, max_choices=5, max_body_bytes=20_000)
-GREEDY = Sampling(0.0, 1.0, 0, 0)
 TEMPLATE = TokenizerConfig(template=ChatTemplate.CHAT)
 PATHS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
 
@@ -162,7 +146,7 @@ def test_a_stop_string_ends_the_answer_and_frees_the_slot(served):
     assert reason == "stop" and text == whole["text"][: whole["text"].index(stop)]
     assert tokens == whole["token_ids"][: len(tokens)] and len(tokens) < 15
   while service.stats().aborted < 2:
-    pass
+    time.sleep(0.01)
   assert service.stats().drawn_tokens < 160
 
 
