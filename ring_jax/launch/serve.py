@@ -16,7 +16,7 @@ from absl import flags
 from configs.schema import RolloutDtype, require
 from ring_jax.launch import app
 from rollout.serving.server import serve
-from rollout.serving.settings import Settings
+from rollout.serving.settings import Settings, parse_mesh
 
 FLAGS = flags.FLAGS
 _KEY = "RING_JAX_API_KEY"
@@ -32,6 +32,7 @@ def define_flags() -> None:
   flags.DEFINE_string("api_key", None, f"Asked of every request to /v1; default: {_KEY} of the environment, else none.")
   flags.DEFINE_string("model_name", of["model_name"], "What clients call the model; default: the checkpoint's folder.")
   flags.DEFINE_enum("dtype", None, [str(dtype) for dtype in RolloutDtype], "Of the weights; default: as stored.")
+  flags.DEFINE_string("mesh", "", "Devices along the axes of the mesh, as in data=2,tensor=4; default: one device.")
   flags.DEFINE_integer("slots", of["slots"], "Sequences decoded at once.")
   flags.DEFINE_integer(
     "page_size", of["page_size"], "Positions of a page of keys and values; 0: a slot's in one piece."
@@ -55,7 +56,7 @@ def main() -> None:
   key = os.environ.get(_KEY) if given["api_key"] is None else given["api_key"]
   require(key != "", f"--api_key or {_KEY} is empty: leave it out, or give a key")
   dtype = given["dtype"] and RolloutDtype(given["dtype"])
-  serve(Settings(**given | {"api_key": key or "", "dtype": dtype}))
+  serve(Settings(**given | {"api_key": key or "", "dtype": dtype, "mesh": parse_mesh(given["mesh"])}))
 
 
 if __name__ == "__main__":

@@ -16,21 +16,26 @@ import threading
 from types import FrameType
 from typing import Any, NamedTuple
 
+import jax
 import uvicorn
 
 from configs import loading
+from configs.parallel import MeshConfig
 from configs.schema import ChatTemplate, ConfigError, ModelConfig, RolloutConfig, RolloutDtype, TokenizerConfig, require
 from configs.status import ExitStatus
 from ring_jax.checkpoint.resolve import Opened, open_checkpoint
 from ring_jax.data.tokenizer import Tokenizer
+from ring_jax.model import param_shardings
 from rollout.engine import RingEngine, Sampling, bucket
 from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
 from rollout.serving.settings import Settings
 from rollout.worker import EngineWorker, Job
+from sharding.mesh import make_mesh
 
 _TOKENIZER = "tokenizer.json"
 _LENGTH = 1024  # of prompt and of answer, where neither flag nor run says
+_PREFILLS = 4  # prompts of one dispatch
 _LAST_BYTES_SECONDS = 10  # for clients to read what was drawn
 
 
@@ -50,32 +55,48 @@ def load(settings: Settings) -> Loaded:
     ConfigError: a setting does not fit it.
   """
   stored = settings.dtype if settings.dtype in (RolloutDtype.FLOAT32, RolloutDtype.BFLOAT16) else None
-  opened = open_checkpoint(settings.checkpoint, dtype=stored and stored.value)
+  mesh = _mesh(settings.mesh)
+
+  def placed(found: ModelConfig) -> Any:
+    return param_shardings(dataclasses.replace(found, parallel=settings.parallel), mesh)
+
+  opened = open_checkpoint(settings.checkpoint, stored and stored.value, placed if mesh is not None else None)
+  model = dataclasses.replace(opened.config, parallel=settings.parallel)  # a run's own is its trainer's
   tokenizer, template = _text(opened, settings)
   require(
-    tokenizer.vocab_size <= opened.config.vocab_size,
-    f"model.vocab_size={opened.config.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids",
+    tokenizer.vocab_size <= model.vocab_size,
+    f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids",
   )
   engine = RingEngine(
-    opened.config,
-    _rollout(settings, opened.config),
+    model,
+    _rollout(settings, model),
     eos_ids=sorted(tokenizer.eos_ids),
-    vocab_mask_V=tokenizer.sampleable_mask(opened.config.vocab_size),
+    vocab_mask_V=tokenizer.sampleable_mask(model.vocab_size),
     seed=secrets.randbits(31),
+    mesh=mesh,
   )
-  model = Model(
+  told = Model(
     name=settings.model_name or pathlib.Path(settings.checkpoint).resolve().name,
     tokenizer=tokenizer,
-    vocab_size=opened.config.vocab_size,
+    vocab_size=model.vocab_size,
     template=template,
     sampling=Sampling(settings.temperature, settings.top_p, settings.top_k, secrets.randbits(31)),
   )
-  return Loaded(engine, engine.load_params(opened.params), opened.step or 0, model)
+  return Loaded(engine, engine.load_params(opened.params), opened.step or 0, told)
+
+
+def _mesh(config: MeshConfig) -> jax.sharding.Mesh | None:
+  if config.num_devices == 1:
+    return None
+  devices = jax.devices()
+  require(config.num_devices <= len(devices), f"--mesh: {config.num_devices} devices, but there are {len(devices)}")
+  return make_mesh(config, devices[: config.num_devices])
 
 
 def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
   half = min(_LENGTH, model.max_position_embeddings // 2)
   prompt, answer = settings.max_prompt_tokens or half, settings.max_tokens or half
+  parts = settings.parallel.batch_parts
   require(
     prompt + answer <= model.max_position_embeddings,
     f"--max_prompt_tokens + --max_tokens = {prompt + answer}: more than model.max_position_embeddings="
@@ -91,7 +112,7 @@ def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
     dtype=settings.dtype or default,
     page_size=settings.page_size,
     steps_per_dispatch=settings.steps_per_dispatch,
-    prefill_batch=min(settings.slots, 4),
+    prefill_batch=min(settings.slots, parts * max(1, _PREFILLS // parts)),
   )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import ipaddress
 
 from configs.base import require
+from configs.parallel import AXES, ExpertParallel, MeshConfig, ParallelConfig
 from configs.schema import RolloutDtype
 from rollout.serving.schema import LEAST_TEMPERATURE
 
@@ -20,6 +21,7 @@ class Settings:
   api_key: str = dataclasses.field(default="", repr=False)
   model_name: str = ""  # empty: the checkpoint's folder
   dtype: RolloutDtype | None = None  # of the weights
+  mesh: MeshConfig = MeshConfig()  # devices along each axis
   slots: int = 16
   page_size: int = 0
   steps_per_dispatch: int = 4
@@ -49,8 +51,23 @@ class Settings:
     require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be from above 0 to 1")
     require(self.grpc_port == 0 or self.grpc_port != self.port, f"--grpc_port={self.grpc_port}: is --port too")
     require(
+      self.grpc_port == 0 or self.mesh.num_devices == 1,
+      f"--grpc_port={self.grpc_port} needs one device, not --mesh: JetStream's threads and the HTTP front's would each"
+      " start programs that wait for all devices",
+    )
+    parts = self.parallel.batch_parts
+    require(
+      self.slots % parts == 0, f"--slots={self.slots}: must be a multiple of {parts}, the devices that share them"
+    )
+    require(
       all(33 <= ord(letter) < 127 for letter in self.api_key), "--api_key: must be printable ASCII without blanks"
     )
+
+  @property
+  def parallel(self) -> ParallelConfig:
+    # A decode step has few tokens: all of them travel to all experts.
+    exchange = ExpertParallel.RING if self.mesh.expert > 1 else ExpertParallel.LOCAL
+    return ParallelConfig(self.mesh, expert_parallel=exchange)
 
   @property
   def is_local(self) -> bool:
@@ -61,3 +78,13 @@ class Settings:
       return ipaddress.ip_address(self.host).is_loopback
     except ValueError:
       return False
+
+
+def parse_mesh(text: str) -> MeshConfig:
+  """From data=2,tensor=4; empty: one device."""
+  sizes = dict(part.partition("=")[::2] for part in text.split(",") if text)
+  require(
+    all(name in AXES and size.isdecimal() for name, size in sizes.items()),
+    f"--mesh={text}: sizes of {', '.join(AXES)}, as in data=2,tensor=4",
+  )
+  return MeshConfig(**{name: int(size) for name, size in sizes.items()})

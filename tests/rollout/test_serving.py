@@ -7,18 +7,23 @@ import json
 import time
 
 import httpx2
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ChatTemplate, ConfigError, TokenizerConfig
+from configs.schema import ChatTemplate, ConfigError, MeshConfig, TokenizerConfig, to_dict
 from ring_jax import model as ring_model
+from ring_jax.checkpoint.store import RunStore
 from ring_jax.data.chat import render_prompt
 from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
 from rollout.serving.schema import ChatRequest, CompletionRequest, RequestError, parse
-from rollout.serving.settings import Settings
-from rollout.worker import EngineWorker
+from rollout.serving.server import load
+from rollout.serving.settings import Settings, parse_mesh
+from rollout.worker import EngineWorker, Job
+from tests.checkpoint import hf_folder
+from tests.configs import small_run
 from tests.rollout.serving_cases import ENGINE, GREEDY, MODEL, TOKENIZER
 
 LIMITS = Limits(max_prompt_tokens=90, max_tokens=100, max_choices=5, max_body_bytes=20_000)
@@ -318,3 +323,46 @@ def test_settings_are_checked(values, message):
   assert (
     Settings("dir").is_local and Settings("dir", host="::1").is_local and not Settings("dir", host="0.0.0.0").is_local
   )
+
+
+@pytest.mark.parametrize("text", ["rows=2", "data", "tensor=-1", "tensor=2,", "data=a"])
+def test_a_mesh_is_named_by_its_axes(text):
+  with pytest.raises(ConfigError, match="sizes of data, fsdp, expert, tensor"):
+    parse_mesh(text)
+  assert parse_mesh("expert=2,data=3") == MeshConfig(data=3, expert=2) and parse_mesh("") == MeshConfig()
+
+
+def test_a_mesh_serves_the_same(tmp_path):
+  fields = hf_folder.fields(vocab_size=280, num_hidden_layers=2)
+  hf_folder.write(tmp_path / "tiny", fields, hf_folder.random_tensors(fields, seed=4, bias=-1.0))
+  TOKENIZER.save(tmp_path / "tiny")
+  answers = {}
+  for mesh in ("", "data=2,expert=2,tensor=2"):
+    loaded = load(Settings(str(tmp_path / "tiny"), mesh=parse_mesh(mesh), slots=4, steps_per_dispatch=8))
+    worker = EngineWorker(loaded.engine)
+    worker.begin(loaded.params, loaded.version, [])
+    jobs = [Job(slot, 0, [7 + slot, 30, 31], 8, GREEDY) for slot in range(3)]
+    answers[mesh] = [(drawn.tokens, drawn.logps) for drawn in worker.advance(jobs).drawn]
+  for (tokens, logps), (same, close) in zip(*answers.values(), strict=True):
+    assert tokens == same and logps == pytest.approx(close, abs=1e-5)
+  with pytest.raises(ConfigError, match="--slots=3: must be a multiple of 4"):
+    Settings("dir", mesh=parse_mesh("data=2,expert=2"), slots=3)
+  with pytest.raises(ConfigError, match="needs one device"):
+    Settings("dir", mesh=parse_mesh("tensor=2"), grpc_port=9000)
+
+
+def test_a_run_brings_its_own_template_and_tokenizer(tmp_path):
+  run = dataclasses.replace(small_run.get_config(), tokenizer=TokenizerConfig(thinking=True), init="not/there")
+  params = ring_model.init_params(run.model, 0)
+  with RunStore(tmp_path / "think" / "checkpoints", keep=1) as store:
+    store.save(7, params, {"n": np.zeros(())}, {}, to_dict(run))
+  with pytest.raises(ConfigError, match=r"--tokenizer is needed: there is none at not/there/tokenizer\.json or "):
+    load(Settings(str(tmp_path / "think")))
+  TOKENIZER.save(tmp_path / "think")
+  for folder, name in (("think", "think"), ("think/checkpoints/7", "7")):
+    loaded = load(Settings(str(tmp_path / folder), slots=2))
+    assert loaded.version == 7 and loaded.model.name == name and loaded.model.template == run.tokenizer
+    assert (loaded.engine.config.max_prompt_tokens, loaded.engine.config.max_tokens) == (256, 256)
+  assert not load(Settings(str(tmp_path / "think"), thinking=False)).model.template.thinking
+  with pytest.raises(ConfigError, match="--max_prompt_tokens \\+ --max_tokens = 756: more than"):
+    load(Settings(str(tmp_path / "think"), max_tokens=500))
