@@ -60,7 +60,7 @@ class Model:
   tokenizer: Tokenizer
   vocab_size: int
   template: TokenizerConfig
-  sampling: Sampling  # where a request does not say; its seed is not used
+  sampling: Sampling  # where a request does not say, but for the seed
 
 
 class Front:

@@ -152,25 +152,26 @@ def serve(settings: Settings) -> None:
   Raises:
     ConfigError: a port is taken, or a setting does not fit the checkpoint.
   """
-  listener = _bind(settings.host, settings.port, "port")
-  if settings.grpc_port:
-    _bind(settings.host, settings.grpc_port, "grpc_port").close()  # gRPC itself shares a port that is taken
-  loaded = load(settings)
-  worker = EngineWorker(loaded.engine)
-  warm_up(worker, loaded)
-  service = EngineService(worker, loaded.params, loaded.version, max_waiting=settings.max_waiting)
+  with _bind(settings.host, settings.port, "port") as listener:
+    if settings.grpc_port:
+      _bind(settings.host, settings.grpc_port, "grpc_port").close()  # gRPC itself shares a port that is taken
+    loaded = load(settings)
+    worker = EngineWorker(loaded.engine)
+    warm_up(worker, loaded)
+    service = EngineService(worker, loaded.params, loaded.version, max_waiting=settings.max_waiting)
+    front = Front(service, loaded.model, _limits(settings, loaded), settings.api_key)
+    jetstream = [_jetstream(loaded, settings)] if settings.grpc_port else []
+    _announce(settings, loaded, listener.getsockname()[1])
+    asyncio.run(_Server(_uvicorn(front, settings), [front, *jetstream]).serve([listener]))
+    for each in jetstream:
+      each.stop()
+    service.close()
+
+
+def _limits(settings: Settings, loaded: Loaded) -> Limits:
   config = loaded.engine.config
-  limits = Limits(
-    config.max_prompt_tokens, config.max_tokens, settings.slots + settings.max_waiting, settings.max_body_bytes
-  )
-  front = Front(service, loaded.model, limits, settings.api_key)
-  fronts = [front] + ([_jetstream(loaded, settings)] if settings.grpc_port else [])
-  _announce(settings, loaded, listener.getsockname()[1])
-  server = _Server(_uvicorn(front, settings), fronts)
-  asyncio.run(server.serve([listener]))
-  for each in fronts[1:]:
-    each.stop()
-  service.close()
+  places = settings.slots + settings.max_waiting
+  return Limits(config.max_prompt_tokens, config.max_tokens, places, settings.max_body_bytes)
 
 
 def _bind(host: str, port: int, flag: str) -> socket.socket:

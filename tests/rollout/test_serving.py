@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import socket
 import time
 
 import httpx2
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 
 from configs.schema import ChatTemplate, ConfigError, MeshConfig, TokenizerConfig, to_dict
 from ring_jax import model as ring_model
+from ring_jax.checkpoint.errors import CheckpointError
 from ring_jax.checkpoint.store import RunStore
 from ring_jax.data.chat import render_prompt
 from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
 from rollout.serving.schema import ChatRequest, CompletionRequest, RequestError, parse
-from rollout.serving.server import load
+from rollout.serving.server import load, serve
 from rollout.serving.settings import Settings, parse_mesh
 from rollout.worker import EngineWorker, Job
 from tests.checkpoint import hf_folder
@@ -289,11 +291,11 @@ NAMES = st.sampled_from([*CompletionRequest.model_fields, *ChatRequest.model_fie
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(NAMES, VALUES, max_size=6) | VALUES, st.booleans(), st.booleans())
-def test_no_body_is_too_strange(body, prompted, chat):
+def test_no_body_is_too_strange(served, body, prompted, chat):
   if isinstance(body, dict) and prompted:
     body |= {"messages": [{"role": "user", "content": "a"}], "prompt": "a"}
   with contextlib.suppress(RequestError):
-    parse(ChatRequest if chat else CompletionRequest, json.dumps(body).encode())
+    served[1]._choices(parse(ChatRequest if chat else CompletionRequest, json.dumps(body).encode()))
 
 
 @pytest.mark.parametrize(
@@ -366,3 +368,13 @@ def test_a_run_brings_its_own_template_and_tokenizer(tmp_path):
   assert not load(Settings(str(tmp_path / "think"), thinking=False)).model.template.thinking
   with pytest.raises(ConfigError, match="--max_prompt_tokens \\+ --max_tokens = 756: more than"):
     load(Settings(str(tmp_path / "think"), max_tokens=500))
+
+
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded():
+  with socket.create_server(("127.0.0.1", 0)) as taken:
+    port = taken.getsockname()[1]
+    for flags in ({"port": port}, {"port": 0, "grpc_port": port}):
+      with pytest.raises(ConfigError, match=rf"port={port}: cannot listen there \(Address already in use"):
+        serve(Settings("nowhere", **flags))
+  with pytest.raises(CheckpointError, match="no such folder"):
+    serve(Settings("nowhere", port=0))
