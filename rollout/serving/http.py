@@ -15,7 +15,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -193,7 +193,9 @@ class Front:
     except ValueError as error:
       raise RequestError(400, f"messages: {error}", "messages") from None
 
-  def _check_lengths(self, prompts: Sequence[Sequence[int]], max_tokens: int, asked: CompletionRequest | ChatRequest):
+  def _check_lengths(
+    self, prompts: Sequence[Sequence[int]], max_tokens: int, asked: CompletionRequest | ChatRequest
+  ) -> None:
     limits, field = self._limits, "messages" if isinstance(asked, ChatRequest) else "prompt"
     if len(prompts) * asked.n > limits.max_choices:
       raise RequestError(400, f"n: {len(prompts)} prompts x {asked.n} answers, at most {limits.max_choices} fit", "n")
@@ -294,7 +296,7 @@ async def _gathered(parts: AsyncIterator[Part], choices: int) -> list[Part]:
   return whole
 
 
-async def _unless_gone(request: Request, generation: Generation, answer) -> list[Part]:
+async def _unless_gone(request: Request, generation: Generation, answer: Awaitable[list[Part]]) -> list[Part]:
   """Waits for the answer; a client that leaves takes its choices along.
 
   Raises:

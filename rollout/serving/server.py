@@ -1,7 +1,9 @@
 """A server from its beginning to its end.
 
-ports -> checkpoint -> engine, one slot of every length warmed up -> service -> HTTP (and JetStream's gRPC)
-SIGTERM or Ctrl-C: takes nothing in, lets what runs end, ends with status 0; a second one ends at once
+    ports -> checkpoint -> engine -> a prefill of every length, for its compilation -> service -> HTTP (and JetStream's gRPC)
+
+SIGTERM or Ctrl-C: nothing more is taken in, what runs ends, and so does the process, with status 0.  A second one ends it
+at once.
 """
 
 import asyncio
@@ -184,7 +186,7 @@ def _bind(host: str, port: int, flag: str) -> socket.socket:
   return listener
 
 
-def _jetstream(loaded: Loaded, settings: Settings):
+def _jetstream(loaded: Loaded, settings: Settings) -> Any:
   from rollout.serving import jetstream  # only here: JetStream's server is not for everyone
 
   model, config, engine = loaded.model, loaded.engine.config, loaded.engine
@@ -244,6 +246,9 @@ class _Server(uvicorn.Server):
     threading.Thread(target=self._drain, name="drain", daemon=True).start()
 
   def _drain(self) -> None:
-    for front in self._fronts:
-      front.drain()
+    draining = [threading.Thread(target=front.drain, daemon=True) for front in self._fronts]
+    for thread in draining:
+      thread.start()
+    for thread in draining:
+      thread.join()
     self.should_exit = True

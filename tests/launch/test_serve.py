@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 KEY = "a-key-of-the-tests"
 LIMIT = 15_000  # tokens of an answer: seconds, where nobody cuts it short
 FLAGS = ("--slots=2", "--max_waiting=6", "--max_prompt_tokens=60", f"--max_tokens={LIMIT}", "--max_body_bytes=10000")
-SHORT = ("--max_prompt_tokens=16", "--temperature=0")  # one length of prompts is compiled
+SHORT = ("--max_prompt_tokens=16", "--max_tokens=4000", "--temperature=0")  # little to compile, and quick steps
 TOKENIZER = Tokenizer.build()
 
 
