@@ -86,7 +86,7 @@ class Programs(NamedTuple):
 class Sampling(NamedTuple):
   """How one slot draws."""
 
-  temperature: float
+  temperature: float  # 0: greedy
   top_p: float
   top_k: int
   seed: int

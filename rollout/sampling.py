@@ -4,6 +4,9 @@
     top-k, then top-p, where a slot asks for them: what they cut gets -inf too
     logp = log softmax of what is left
 
+Temperature 0 is greedy: the likeliest token (of several the one with the least id), with its log-probability at
+temperature 1 before any cut.
+
 With neither top-k nor top-p this is the distribution that `kernels.linear_logprob` scores, with the same mask and the
 same temperature (architecture decision 4).
 
@@ -33,7 +36,7 @@ _DEFAULT_RULES = ShardingRules()
 class SamplingParams(NamedTuple):
   """One entry a slot."""
 
-  temperature_B: jax.Array  # float32, > 0
+  temperature_B: jax.Array  # float32, 0: greedy
   top_p_B: jax.Array  # float32, 1: off
   top_k_B: jax.Array  # int32, 0: off
   seeds_B: jax.Array  # uint32
@@ -69,11 +72,14 @@ def sample(
 def _draw(axes: tuple[str, ...], hidden_BxD, lm_head_DxV, mask_V, params: SamplingParams, uids_B, positions_B):
   """One device's slots, and its part V of the vocabulary, which is cut over the mesh axes `axes`."""
   logits_BxV = jnp.dot(hidden_BxD, lm_head_DxV, preferred_element_type=jnp.float32)
-  logits_BxV = jnp.where(mask_V, logits_BxV / params.temperature_B[:, None], -jnp.inf)
-  cut = (params.top_p_B < 1.0) | (params.top_k_B > 0)
+  greedy_B = params.temperature_B == 0.0
+  temperature_B = jnp.where(greedy_B, 1.0, params.temperature_B)
+  logits_BxV = jnp.where(mask_V, logits_BxV / temperature_B[:, None], -jnp.inf)
+  top_p_B, top_k_B = jnp.where(greedy_B, 1.0, params.top_p_B), jnp.where(greedy_B, 0, params.top_k_B)
+  cut = (top_p_B < 1.0) | (top_k_B > 0)
 
   def truncated(logits_BxV):
-    lowest_B = _lowest(rules.all_gather(logits_BxV, axes, 1), params.top_p_B, params.top_k_B)
+    lowest_B = _lowest(rules.all_gather(logits_BxV, axes, 1), top_p_B, top_k_B)
     return jnp.where(logits_BxV >= lowest_B[:, None], logits_BxV, -jnp.inf)
 
   # The same branch on every device, as one of them exchanges.
@@ -81,7 +87,9 @@ def _draw(axes: tuple[str, ...], hidden_BxD, lm_head_DxV, mask_V, params: Sampli
   logits_BxV = jax.lax.cond(any_cut, truncated, lambda logits: logits, logits_BxV)
   shifted_BxV = logits_BxV - rules.pmax(logits_BxV.max(axis=-1), axes)[:, None]
   logps_BxV = shifted_BxV - jnp.log(rules.psum(jnp.exp(shifted_BxV).sum(axis=-1), axes))[:, None]
-  token_B, mine_B = _invert(jnp.exp(logps_BxV), _uniform(params.seeds_B, uids_B, positions_B), axes)
+  mass_BxV = jnp.where(greedy_B[:, None] & (shifted_BxV < 0.0), 0.0, jnp.exp(logps_BxV))
+  uniform_B = jnp.where(greedy_B, 0.0, _uniform(params.seeds_B, uids_B, positions_B))
+  token_B, mine_B = _invert(mass_BxV, uniform_B, axes)
   logp_B = jnp.take_along_axis(logps_BxV, token_B[:, None], axis=-1)[:, 0]
   token_B = token_B + rules.axis_index(axes) * logits_BxV.shape[1]
   return rules.psum(jnp.where(mine_B, token_B, 0), axes), rules.psum(jnp.where(mine_B, logp_B, 0.0), axes)

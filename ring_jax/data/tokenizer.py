@@ -102,6 +102,27 @@ class Tokenizer:
     """Text of `ids`; bytes that are no UTF-8 become U+FFFD.  `special=False` leaves out the template's own tokens."""
     return self._backend.decode([int(token) for token in ids], skip_special_tokens=not special)
 
+  def pieces(self) -> list[bytes]:
+    """The bytes of every id as text, so that answers can be written token by token; empty for an end of turn.
+
+    Joined and read as UTF-8 they are what `decode` gives, without the end of turn.
+
+    Raises:
+      ConfigError: the tokenizer is not a byte-level one.
+    """
+    require(
+      isinstance(self._backend.decoder, decoders.ByteLevel),
+      "tokenizer.path: its tokens are not bytes (no ByteLevel decoder), so that text cannot be written token by token",
+    )
+    byte_of = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
+    found = [b""] * self.vocab_size
+    for text, token in self._backend.get_vocab(with_added_tokens=True).items():
+      spelled = all(symbol in byte_of for symbol in text)  # else an added token, which stands for itself
+      found[token] = bytes(byte_of[symbol] for symbol in text) if spelled else text.encode()
+    for token in self.eos_ids:
+      found[token] = b""
+    return found
+
   def sampleable_mask(self, rows: int) -> np.ndarray:
     """Which of a model's `rows` ids may be drawn: bool [rows].
 

@@ -1,0 +1,1 @@
+"""Servers of one engine: an OpenAI-compatible HTTP front and JetStream's gRPC service (docs/serving.md)."""

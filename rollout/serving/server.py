@@ -1,0 +1,254 @@
+"""A server from its beginning to its end.
+
+    ports -> checkpoint -> engine -> a prefill of every length, for its compilation -> service -> HTTP (and JetStream's gRPC)
+
+SIGTERM or Ctrl-C: nothing more is taken in, what runs ends, and so does the process, with status 0.  A second one ends it
+at once.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import pathlib
+import secrets
+import socket
+import sys
+import threading
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import uvicorn
+
+from configs import loading
+from configs.parallel import MeshConfig
+from configs.schema import ChatTemplate, ConfigError, ModelConfig, RolloutConfig, RolloutDtype, TokenizerConfig, require
+from configs.status import ExitStatus
+from ring_jax.checkpoint.resolve import Opened, open_checkpoint
+from ring_jax.data.tokenizer import Tokenizer
+from ring_jax.model import param_shardings
+from rollout.engine import RingEngine, Sampling, bucket
+from rollout.service import EngineService
+from rollout.serving.http import Front, Limits, Model
+from rollout.serving.settings import Settings
+from rollout.worker import EngineWorker, Job
+from sharding.mesh import make_mesh
+
+_TOKENIZER = "tokenizer.json"
+_LENGTH = 1024  # of prompt and of answer, where neither flag nor run says
+_PREFILLS = 4  # prompts of one dispatch
+_LAST_BYTES_SECONDS = 10  # for clients to read what was drawn
+
+
+class Loaded(NamedTuple):
+  """A model that can decode."""
+
+  engine: RingEngine
+  params: Any  # as the engine stores them
+  version: int
+  model: Model
+
+
+def load(settings: Settings) -> Loaded:
+  """
+  Raises:
+    CheckpointError: there is no checkpoint.
+    ConfigError: a setting does not fit it.
+  """
+  stored = settings.dtype if settings.dtype in (RolloutDtype.FLOAT32, RolloutDtype.BFLOAT16) else None
+  mesh = _mesh(settings.mesh)
+
+  def placed(found: ModelConfig) -> Any:
+    return param_shardings(dataclasses.replace(found, parallel=settings.parallel), mesh)
+
+  opened = open_checkpoint(settings.checkpoint, stored and stored.value, placed if mesh is not None else None)
+  model = dataclasses.replace(opened.config, parallel=settings.parallel)  # a run's own is its trainer's
+  tokenizer, template = _text(opened, settings)
+  require(
+    tokenizer.vocab_size <= model.vocab_size,
+    f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids",
+  )
+  engine = RingEngine(
+    model,
+    _rollout(settings, model),
+    eos_ids=sorted(tokenizer.eos_ids),
+    vocab_mask_V=tokenizer.sampleable_mask(model.vocab_size),
+    seed=secrets.randbits(31),
+    mesh=mesh,
+  )
+  told = Model(
+    name=settings.model_name or pathlib.Path(settings.checkpoint).resolve().name,
+    tokenizer=tokenizer,
+    vocab_size=model.vocab_size,
+    template=template,
+    sampling=Sampling(settings.temperature, settings.top_p, settings.top_k, secrets.randbits(31)),
+  )
+  return Loaded(engine, engine.load_params(opened.params), opened.step or 0, told)
+
+
+def _mesh(config: MeshConfig) -> jax.sharding.Mesh | None:
+  if config.num_devices == 1:
+    return None
+  devices = jax.devices()
+  require(config.num_devices <= len(devices), f"--mesh: {config.num_devices} devices, but there are {len(devices)}")
+  return make_mesh(config, devices[: config.num_devices])
+
+
+def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
+  half = min(_LENGTH, model.max_position_embeddings // 2)
+  prompt, answer = settings.max_prompt_tokens or half, settings.max_tokens or half
+  parts = settings.parallel.batch_parts
+  require(
+    prompt + answer <= model.max_position_embeddings,
+    f"--max_prompt_tokens + --max_tokens = {prompt + answer}: more than model.max_position_embeddings="
+    f"{model.max_position_embeddings}",
+  )
+  default = RolloutDtype.BFLOAT16 if model.dtype == "bfloat16" else RolloutDtype.FLOAT32
+  return RolloutConfig(
+    token_budget=1,
+    slots=settings.slots,
+    group_size=1,
+    max_prompt_tokens=prompt,
+    max_tokens=answer,
+    dtype=settings.dtype or default,
+    page_size=settings.page_size,
+    steps_per_dispatch=settings.steps_per_dispatch,
+    prefill_batch=min(settings.slots, parts * max(1, _PREFILLS // parts)),
+  )
+
+
+def _text(opened: Opened, settings: Settings) -> tuple[Tokenizer, TokenizerConfig]:
+  """Tokenizer and template: a run's own, or those of a Hugging Face folder."""
+  folder = pathlib.Path(opened.extras["folder"])
+  template, places = TokenizerConfig(template=ChatTemplate.CHAT), [folder / _TOKENIZER]
+  if "config" in opened.extras:
+    config = loading.from_dict(opened.extras["config"])
+    template, places = config.tokenizer, [folder.absolute().parents[1] / _TOKENIZER]  # built by the run, in its workdir
+    if config.init:
+      places.insert(0, pathlib.Path(config.init) / _TOKENIZER)
+    if template.path:
+      places.insert(0, pathlib.Path(template.path))
+  if settings.tokenizer:
+    places = [pathlib.Path(settings.tokenizer)]
+  found = next((place for place in places if place.exists()), None)
+  require(found is not None, f"--tokenizer is needed: there is none at {' or '.join(str(place) for place in places)}")
+  if settings.thinking is not None:
+    template = dataclasses.replace(template, thinking=settings.thinking)
+  return Tokenizer.load(found), template
+
+
+def warm_up(worker: EngineWorker, loaded: Loaded) -> None:
+  """Compiles what requests will need: a prefill of every length, and the decode step."""
+  worker.begin(loaded.params, loaded.version, [])
+  length, longest = 1, loaded.engine.config.max_prompt_tokens
+  while length:
+    worker.advance([Job(0, 0, [0] * length, 1)])
+    worker.release([0])
+    length = min(2 * bucket(length), longest) if bucket(length) < longest else 0
+
+
+def serve(settings: Settings) -> None:
+  """Serves until it is told to end.
+
+  Raises:
+    ConfigError: a port is taken, or a setting does not fit the checkpoint.
+  """
+  with _bind(settings.host, settings.port, "port") as listener:
+    if settings.grpc_port:
+      _bind(settings.host, settings.grpc_port, "grpc_port").close()  # gRPC itself shares a port that is taken
+    loaded = load(settings)
+    worker = EngineWorker(loaded.engine)
+    warm_up(worker, loaded)
+    service = EngineService(worker, loaded.params, loaded.version, max_waiting=settings.max_waiting)
+    front = Front(service, loaded.model, _limits(settings, loaded), settings.api_key)
+    jetstream = [_jetstream(loaded, settings)] if settings.grpc_port else []
+    _announce(settings, loaded, listener.getsockname()[1])
+    asyncio.run(_Server(_uvicorn(front, settings), [front, *jetstream]).serve([listener]))
+    for each in jetstream:
+      each.stop()
+    service.close()
+
+
+def _limits(settings: Settings, loaded: Loaded) -> Limits:
+  config = loaded.engine.config
+  places = settings.slots + settings.max_waiting
+  return Limits(config.max_prompt_tokens, config.max_tokens, places, settings.max_body_bytes)
+
+
+def _bind(host: str, port: int, flag: str) -> socket.socket:
+  try:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.create_server((host, port), family=family)
+  except OSError as error:
+    raise ConfigError(f"--host={host} --{flag}={port}: cannot listen there ({error.strerror or error})") from None
+  listener.setblocking(False)
+  return listener
+
+
+def _jetstream(loaded: Loaded, settings: Settings) -> Any:
+  from rollout.serving import jetstream  # only here: JetStream's server is not for everyone
+
+  model, config, engine = loaded.model, loaded.engine.config, loaded.engine
+  engine.generate(loaded.params, engine.init_decode_state())  # compiles JetStream's single step
+  driver = jetstream.Driver(engine, loaded.params, model.sampling, settings.max_waiting)
+  door = jetstream.Door(
+    model.tokenizer, model.vocab_size, config.max_prompt_tokens, config.max_tokens, settings.api_key
+  )
+  return jetstream.JetStream(driver, door, settings.host, settings.grpc_port)
+
+
+def _announce(settings: Settings, loaded: Loaded, port: int) -> None:
+  host = f"[{settings.host}]" if ":" in settings.host else settings.host
+  config = loaded.engine.config
+  print(
+    f"{loaded.model.name} (weights {loaded.version}): {config.slots} slots, prompts up to {config.max_prompt_tokens} and"
+    f" answers up to {config.max_tokens} tokens, {config.dtype}"
+  )
+  if not (settings.is_local or settings.api_key):
+    print("warning: everyone who can reach this host may use the server; --api_key asks for a key", file=sys.stderr)
+  if settings.grpc_port:
+    print(f"JetStream gRPC at {host}:{settings.grpc_port}")
+  print(f"serving at http://{host}:{port}/v1; Ctrl-C or SIGTERM lets requests end, a second one does not", flush=True)
+
+
+def _uvicorn(front: Front, settings: Settings) -> uvicorn.Config:
+  return uvicorn.Config(
+    front.app,
+    interface="asgi3",
+    http="h11",
+    ws="none",
+    lifespan="off",
+    log_config=None,
+    access_log=False,
+    log_level="error",  # what strangers send is not worth a line
+    server_header=False,
+    proxy_headers=False,
+    limit_concurrency=settings.max_connections,
+    timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+  )
+
+
+class _Server(uvicorn.Server):
+  """Ends as the module's docstring says."""
+
+  def __init__(self, config: uvicorn.Config, fronts: list[Any]):
+    super().__init__(config)
+    self._fronts, self._ending = fronts, False
+
+  def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    """uvicorn's handler of SIGTERM and SIGINT."""
+    if self._ending:
+      with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), b"ended at once: requests were cut off\n")
+      os._exit(ExitStatus.INTERRUPTED)
+    self._ending = True
+    threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+  def _drain(self) -> None:
+    draining = [threading.Thread(target=front.drain, daemon=True) for front in self._fronts]
+    for thread in draining:
+      thread.start()
+    for thread in draining:
+      thread.join()
+    self.should_exit = True
