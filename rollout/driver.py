@@ -81,6 +81,7 @@ class RolloutDriver:
       on_ready(scheduler.ready)
       on_progress(clock)
     self._control.end()
+    self._worker.end()
     return scheduler.end_iteration(version if trained is None else trained), clock
 
   def _hear(self) -> None:

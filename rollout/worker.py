@@ -80,6 +80,10 @@ class Worker(Protocol):
     """Gives up what runs there."""
     ...
 
+  def end(self) -> None:
+    """The iteration is over: its weights are no longer needed."""
+    ...
+
 
 @dataclasses.dataclass
 class _Running:
@@ -178,6 +182,9 @@ class EngineWorker:
     if slots and self._state is not None:
       with self._turn():
         self._state = self.engine.release(self._state, self._running)
+
+  def end(self) -> None:
+    self._params = None
 
   def _watched(self, job: Job) -> _Running:
     """A sequence of n tokens that draws m writes n + m - 1 positions: the last token's are never needed."""
