@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from rollout.timeline.spans import Happened, Iteration, Kind, Mark, Span, Timeline
 
@@ -123,6 +124,7 @@ def _slots(
       [mark.seconds - start for mark in found], [mark.slot for mark in found], shape, color=colour,
       markersize=2 if dense else 4, linestyle="none", zorder=4,
     )  # fmt: skip
+  axes.yaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_ylim(max(timeline.slots, default=0) + 0.7, min(timeline.slots, default=0) - 0.7)
   axes.tick_params(labelbottom=False)
 
