@@ -147,6 +147,5 @@ def read(path: pathlib.Path) -> list[Entry]:
 
 
 def _clock_from(path: pathlib.Path) -> Callable[[], float]:
-  entries = read(path)
-  origin = time.perf_counter() - (entries[-1].seconds if entries else 0.0)
+  origin = time.perf_counter() - max((entry.seconds for entry in read(path)), default=0.0)
   return lambda: time.perf_counter() - origin

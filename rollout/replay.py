@@ -96,9 +96,13 @@ class _Told:
 
   def __init__(self, config: RolloutConfig):
     self.scheduler = C3POScheduler(config, CountedRollout)
+    self._between = False  # two turns of the driver's loop: there it asks whether the iteration is over
 
   def hear(self, event: events.Event) -> None:
     scheduler = self.scheduler
+    if self._between and isinstance(event, events.Abort | events.Admit | events.Place | events.Draw):
+      _same("whether the iteration is over", False, scheduler.iteration_done)
+    self._between = isinstance(event, events.Begin | events.Draw | events.Evict | events.Slots)
     match event:
       case events.Begin():
         self._begin(event)
@@ -108,11 +112,9 @@ class _Told:
         if len(prompts) < wanted:
           scheduler.close()
       case events.Place(placed):
-        _same("whether the iteration is over", False, scheduler.iteration_done)
         _same("wanted groups", 0, scheduler.wanted_groups)
         _same("placements", placed, [[slot, rollout.uid] for slot, rollout in scheduler.place()])
       case events.Draw(drawn=drawn):
-        _same("whether the iteration is over", False, scheduler.iteration_done)
         self._draw(drawn)
       case events.Evict(evicted):
         self._check_slots([[slot, uid] for slot, uid in evicted])

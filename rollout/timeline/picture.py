@@ -23,13 +23,13 @@ from rollout.timeline.spans import Happened, Iteration, Kind, Mark, Span, Timeli
 
 _GREY, _DARK = "#8a8f98", "#2b2f36"
 _PREFILL, _WAITING = "#3d434d", "#e9ebee"
-_PALETTE = ("#b8c4d6", "#8fb4dc", "#2563a8", "#e0952f", "#2f8f4e", "#8d5bb5", "#c8553d", "#3aa6a6")
+_PALETTE = ("#2563a8", "#e0952f", "#2f8f4e", "#8d5bb5", "#3aa6a6", "#a8743a", "#8fb4dc", "#b5a642")
 _ROOM = 0.3  # of the width, for an iteration's whole name
 _FEW = len(_PALETTE)  # versions that the palette tells apart
 _SHAPES = {
   Happened.STOP: ("o", _DARK, "ended"),
-  Happened.LENGTH: ("|", _DARK, "length limit"),
-  Happened.CACHE: ("|", _GREY, "end of the cache"),
+  Happened.LENGTH: ("|", _DARK, "ended by length"),
+  Happened.CACHE: ("|", _GREY, "ended by the cache"),
   Happened.PURGED: ("x", "#c0142b", "purged"),
   Happened.EVICTED: ("<", "#c0142b", "evicted"),
   Happened.ABORTED: ("s", "#c0142b", "aborted"),
@@ -69,7 +69,7 @@ def draw(timeline: Timeline, iterations: Sequence[Iteration], title: str) -> byt
       axes[0, 1].set_title(title, pad=20)
       handles = _legend(spans, marks, colours)
       figure.legend(handles=handles, loc="outside right upper", handlelength=1.1, labelspacing=0.6)
-      axes[1, 1].set_xlim(0, end - start)
+      axes[1, 1].set_xlim(0, 1.003 * (end - start))
       image = io.BytesIO()
       figure.savefig(image, format="png")
     finally:
