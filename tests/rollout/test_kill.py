@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from rollout import events
 from tests.rollout import killed_run
+from tests.train.outcome import decisions
 
 KILLS = 20
 
@@ -33,19 +33,10 @@ def results(folder):
   return [json.loads((folder / f"iteration_{i}.json").read_text()) for i in range(killed_run.ITERATIONS)]
 
 
-def history(folder):
-  """Decisions, without the time that they took."""
-  plain = []
-  for _, event in events.read(folder / "events.jsonl"):
-    kept = {name: value for name, value in vars(event).items() if not name.endswith("_seconds")}
-    plain.append((type(event).__name__, kept))
-  return plain
-
-
 def test_a_run_killed_at_twenty_places_draws_every_token_again(processes, tmp_path):
   plain, killed = tmp_path / "plain", tmp_path / "killed"
   assert run(processes, plain) == 0
-  dispatches = sum(name == "Draw" for name, _ in history(plain))
+  dispatches = sum(name == "Draw" for name, _ in decisions(plain / "events.jsonl"))
   each = dispatches // killed_run.ITERATIONS
   assert each > 4
   chance, saved, lost = random.Random(0), set(), 0
@@ -61,4 +52,4 @@ def test_a_run_killed_at_twenty_places_draws_every_token_again(processes, tmp_pa
   rollouts = [rollout for result in results(plain) for rollout in result["rollouts"]]
   assert any(len(set(rollout["versions"])) > 2 for rollout in rollouts) and len(rollouts) > 20
   assert results(killed) == results(plain)  # tokens, log-probs and versions, bit for bit
-  assert history(killed) == history(plain)
+  assert decisions(killed / "events.jsonl") == decisions(plain / "events.jsonl")
