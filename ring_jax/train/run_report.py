@@ -151,6 +151,7 @@ class RunReport:
       f"\nmeasure again: python -m ring_jax.launch.evaluate --checkpoint={shown} --samples=16"
       f"\ntrain longer:  the same command with --config.rl.steps={2 * self._config.rl.steps}"
       f"\nwhere did the time go: open {workdir.trace} in ui.perfetto.dev"
+      + (f", or with all slots: python -m rollout.timeline --workdir={shown} --trace=slots.json" if self.events else "")
     )
 
   def close(self) -> None:
