@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -61,7 +62,9 @@ def define_flags() -> None:
   flags.DEFINE_string("series", None, "A JSONL file to write: one line an iteration of each schedule.")
   flags.DEFINE_bool("measure", False, "Run both on the real engine too, with the model of configs/ring_tiny.py.")
   flags.DEFINE_integer("repeats", 2, "How often --measure runs each, after once to compile.")
-  flags.DEFINE_string("events", None, "Where --measure writes the event log of C3PO++ (see rollout.timeline).")
+  flags.DEFINE_string(
+    "events", None, "Where to write C3PO++'s event log (see rollout.timeline): simulated, or measured."
+  )
   flags.DEFINE_string("calibrate", None, "A workdir: fit the costs to that run, and show how well they predict it.")
   flags.DEFINE_string("costs_out", None, "Where --calibrate writes the costs.")
 
@@ -172,14 +175,12 @@ def main() -> None:
     return
   if FLAGS.costs_out:
     raise ConfigError("--costs_out: only --calibrate has costs to write")
-  if FLAGS.events and not FLAGS.measure:
-    raise ConfigError("--events: only --measure has an engine whose events it could write")
   if FLAGS.over_sampling < 1:
     raise ConfigError(f"--over_sampling={FLAGS.over_sampling}: must be at least 1")
   trace, costs = make_trace(), make_costs()
   config = make_config(trace)
   groups = batch_prompts(trace, config)
-  outcomes = [C3POSimulation(trace, config, costs).run(), synchronous(trace, config, costs, groups)]
+  outcomes = [simulated(trace, config, costs), synchronous(trace, config, costs, groups)]
   launched = max(groups, round(FLAGS.over_sampling * groups))
   for on_abort in OnAbort if FLAGS.compare else ():
     outcomes.append(oversampled(trace, config, costs, groups, launched, on_abort))
@@ -200,6 +201,21 @@ def main() -> None:
     print("\n".join(report.measured_lines(found["measured"])))
 
 
+def simulated(trace: Trace, config: RolloutConfig, costs: Costs) -> Outcome:
+  """C3PO++, with an event log where one is wanted of it."""
+  if not FLAGS.events or FLAGS.measure:
+    return C3POSimulation(trace, config, costs).run()
+  with new_log(lambda: simulation.clock.seconds) as log:
+    simulation = C3POSimulation(trace, config, costs, log)
+    return simulation.run()
+
+
+def new_log(clock: Callable[[], float] | None = None) -> contextlib.closing[EventLog]:
+  """At --events, where nothing is left of what was there."""
+  pathlib.Path(FLAGS.events).unlink(missing_ok=True)
+  return contextlib.closing(EventLog(pathlib.Path(FLAGS.events), clock))
+
+
 def measure(trace: Trace, config: RolloutConfig, groups: int) -> dict[str, Any]:
   """The same on the real engine."""
   from rollout import measured  # the engine takes seconds to import
@@ -213,10 +229,7 @@ def measure(trace: Trace, config: RolloutConfig, groups: int) -> dict[str, Any]:
     raise ConfigError(f"--repeats={FLAGS.repeats}: must be at least 1")
   config = dataclasses.replace(config, max_prompt_tokens=max(trace.prompts), max_tokens=max(trace.lengths))
   measurement = measured.Measurement(ring_tiny.get_config().model, config, trace, groups)
-  log = EventLog(pathlib.Path(FLAGS.events)) if FLAGS.events else None
-  with contextlib.closing(log) if log else contextlib.nullcontext():
-    if log:
-      log.truncate(0)
+  with new_log() if FLAGS.events else contextlib.nullcontext() as log:
     return measured.compare(measurement, FLAGS.repeats, log)
 
 
@@ -242,7 +255,9 @@ def _write(trace: Trace, outcomes: list[Outcome]) -> None:
 
 def calibrate() -> None:
   useless = [
-    f"--{name}" for name in ("trace", "generator", "plot", "series", "compare", "measure") if FLAGS[name].present
+    f"--{name}"
+    for name in ("trace", "generator", "plot", "series", "compare", "measure", "events")
+    if FLAGS[name].present
   ]
   if useless:
     raise ConfigError(f"{', '.join(useless)}: contradicts --calibrate, which simulates the run's own answers")

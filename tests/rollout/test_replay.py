@@ -18,6 +18,9 @@ from rollout.driver import RolloutDriver
 from rollout.events import Entry, EventLog
 from rollout.replay import replay
 from rollout.scheduler import C3POScheduler
+from rollout.simulator.c3po import C3POSimulation
+from rollout.simulator.costs import Costs
+from rollout.simulator.lengths import Generator, Shape
 from rollout.timeline import perfetto
 from rollout.timeline.spans import Happened, Kind, build
 from rollout.worker import Drawn, Events
@@ -205,6 +208,28 @@ def test_the_timeline_has_every_token_and_every_end(tmp_path):
   assert len(spans) == len(timeline.spans)
   colours = {event["args"]["version"]: event["cname"] for event in spans if "version" in event["args"]}
   assert colours[3] != colours[4]
+
+
+@pytest.mark.parametrize("kv_policy", list(KVPolicy))
+@pytest.mark.parametrize("counts", list(BudgetCounts))
+def test_a_simulation_writes_a_log_too(tmp_path, counts, kv_policy):
+  trace = Generator(Shape.LOGNORMAL, mean=50, cap=400).draw(60, 4)
+  config = RolloutConfig(
+    slots=16, token_budget=600, retention=1, group_size=4, on_purge=OnPurge.TRAIN, steps_per_dispatch=2,
+    budget_counts=counts, kv_policy=kv_policy,
+  )  # fmt: skip
+  plain = C3POSimulation(trace, config, Costs()).run()
+  log = EventLog(tmp_path / "log", lambda: simulation.clock.seconds)
+  simulation = C3POSimulation(trace, config, Costs(), log)
+  outcome = simulation.run()
+  log.close()
+  assert outcome.series == plain.series
+  entries = events.read(tmp_path / "log")
+  found, timeline = replay(entries, config), build(entries)
+  assert found.difference is None and found.iterations == len(outcome.series)
+  assert found.tokens == outcome.total("tokens_generated") == sum(span.tokens for span in timeline.spans)
+  for iteration, seen in zip(outcome.series, timeline.iterations, strict=True):
+    assert seen.end - seen.start == pytest.approx(iteration.rollout_seconds, abs=1e-5)
 
 
 def command(name, *arguments):
