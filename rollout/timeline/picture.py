@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from rollout.timeline.spans import Happened, Iteration, Kind, Mark, Span, Timeline
+from rollout.timeline.spans import Happened, Iteration, Kind, Mark, Span, Timeline, carried
 
 _GREY, _DARK = "#8a8f98", "#2b2f36"
 _PREFILL, _WAITING = "#3d434d", "#e9ebee"
@@ -52,7 +52,7 @@ def draw(timeline: Timeline, iterations: Sequence[Iteration], title: str) -> byt
   end = iterations[-1].end or max((span.end for span in timeline.spans), default=start)
   spans = [span for span in timeline.spans if span.end > start and span.start < end]
   marks = [mark for mark in timeline.marks if start <= mark.seconds <= end and mark.slot is not None]
-  before = _carried(spans, iterations[0])
+  before = carried(timeline, iterations[0])
   colours = _colours(spans, before)
   with plt.rc_context(_STYLE):
     height = min(9.0, 2.1 + 0.11 * max(len(timeline.slots), 12))
@@ -75,17 +75,6 @@ def draw(timeline: Timeline, iterations: Sequence[Iteration], title: str) -> byt
     finally:
       plt.close(figure)
   return image.getvalue()
-
-
-def _carried(spans: Sequence[Span], iteration: Iteration) -> dict[int, dict[int, int]]:
-  """Tokens by version, by the slot in which a rollout went on first."""
-  found: dict[int, dict[int, int]] = {}
-  left = dict(iteration.before)
-  for span in spans:
-    inside = iteration.end is None or span.start < iteration.end
-    if inside and span.kind is not Kind.WAITING and span.uid in left and span.slot not in found:
-      found[span.slot] = left.pop(span.uid)
-  return found
 
 
 def _colours(spans: Sequence[Span], before: dict[int, dict[int, int]]) -> dict[int, str]:

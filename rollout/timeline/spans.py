@@ -7,8 +7,8 @@
 A rollout that is interrupted waits in the picture where it was, until the next iteration begins.
 """
 
-import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 from configs.base import Enum
@@ -60,7 +60,6 @@ class Iteration:
   start: float
   end: float | None = None  # None: the log ends before
   counted: int = 0
-  before: dict[int, dict[int, int]] = dataclasses.field(default_factory=dict)  # uid: {version: tokens it came with}
 
 
 @dataclasses.dataclass
@@ -80,6 +79,23 @@ def build(entries: Sequence[Entry]) -> Timeline:
   return builder.close()
 
 
+def carried(timeline: Timeline, iteration: Iteration) -> dict[int, dict[int, int]]:
+  """Tokens by weight version that rollouts came into an iteration with, by the slot in which each went on first."""
+  start, end = iteration.start, math.inf if iteration.end is None else iteration.end
+  restarted = {
+    mark.uid: mark.seconds for mark in timeline.marks if mark.what is Happened.PURGED and mark.seconds <= start
+  }
+  before: dict[int, dict[int, int]] = {}
+  found: dict[int, dict[int, int]] = {}
+  for span in timeline.spans:  # by their beginning
+    if span.kind is Kind.DECODE and restarted.get(span.uid, -math.inf) < span.end <= start:
+      drawn = before.setdefault(span.uid, {})
+      drawn[span.version] = drawn.get(span.version, 0) + span.tokens
+    elif start <= span.start < end and span.uid in before and span.slot not in found:
+      found[span.slot] = before.pop(span.uid)
+  return found
+
+
 class _Builder:
   def __init__(self):
     self._timeline = Timeline()
@@ -89,7 +105,6 @@ class _Builder:
     self._placed: dict[int, tuple[float, Kind]] = {}  # by slot that has not decoded yet: since when it does what
     self._open: dict[int, Span] = {}  # by slot: what may still get longer
     self._held: dict[int, tuple[int, float]] = {}  # by slot: uid and since when, between two iterations
-    self._drawn: dict[int, collections.Counter[int]] = {}  # tokens by version, by uid
     self._turn = 0.0  # when the present dispatch began, or the last one ended
 
   def hear(self, seconds: float, event: events.Event) -> None:
@@ -129,8 +144,7 @@ class _Builder:
     self._in_slot = {slot: uid for slot, uid in event.running}
     self._last_slot.update({uid: slot for slot, uid in event.running})
     self._placed = {slot: (seconds, Kind.WAITING) for slot, _ in event.running}  # with the keys and values that it has
-    before = {uid: dict(drawn) for uid, drawn in self._drawn.items()}
-    self._timeline.iterations.append(Iteration(event.iteration, event.version, seconds, before=before))
+    self._timeline.iterations.append(Iteration(event.iteration, event.version, seconds))
     self._turn = seconds
     self._count(seconds)
 
@@ -145,10 +159,9 @@ class _Builder:
     self._placed = {}
     for slot, uid, count, version, reason in event.drawn:
       self._extend(slot, uid, count, version, decoding, seconds)
-      self._drawn.setdefault(uid, collections.Counter())[version] += count
       if reason is not None:
         self._leave(seconds, [(slot, uid)], Happened(reason))
-        self._forget(uid)
+        self._last_slot.pop(uid)
     self._turn = seconds
     self._count(seconds)
 
@@ -177,7 +190,7 @@ class _Builder:
         self._leave(seconds, [(slot, uid)], what)
       else:
         self._timeline.marks.append(Mark(seconds, slot, uid, what))
-      self._forget(uid)
+      self._last_slot.pop(uid, None)
 
   def _end(self, seconds: float, event: events.End) -> None:
     iteration = self._timeline.iterations[-1]
@@ -192,10 +205,6 @@ class _Builder:
       span = self._open.pop(slot, None)
       if span is not None and span.tokens:
         self._timeline.spans.append(span)
-
-  def _forget(self, uid: int) -> None:
-    self._drawn.pop(uid, None)
-    self._last_slot.pop(uid, None)
 
   def _count(self, seconds: float) -> None:
     in_use, now = self._timeline.in_use, len(self._in_slot)

@@ -22,7 +22,7 @@ from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import Costs
 from rollout.simulator.lengths import Generator, Shape
 from rollout.timeline import perfetto
-from rollout.timeline.spans import Happened, Kind, build
+from rollout.timeline.spans import Happened, Kind, build, carried
 from rollout.worker import Drawn, Events
 
 CONFIG = RolloutConfig(slots=6, pool=14, group_size=2, token_budget=40, retention=1, max_tokens=30, max_prompt_tokens=8)
@@ -175,6 +175,10 @@ def test_a_resumed_run_s_log_is_one_history(tmp_path):
     events.read(plain)
 
 
+def drawn_until(entries, index):
+  return [one for _, event in entries[:index] if isinstance(event, events.Draw) for one in event.drawn]
+
+
 def test_the_timeline_has_every_token_and_every_end(tmp_path):
   run(tmp_path / "log", dataclasses.replace(CONFIG, kv_policy=KVPolicy.KEEP), seed=8)
   entries = events.read(tmp_path / "log")
@@ -201,6 +205,16 @@ def test_the_timeline_has_every_token_and_every_end(tmp_path):
     assert marks.count(what) == expected > 0
   assert [one.number for one in timeline.iterations] == list(range(12))
   assert max(count for _, count in timeline.in_use) <= CONFIG.slots
+  compared = 0
+  for index, (_, event) in enumerate(entries):
+    if isinstance(event, events.Begin):
+      before, running = carried(timeline, timeline.iterations[event.iteration]), dict(event.running)
+      for slot in before.keys() & running.keys():
+        earlier = [one for one in drawn_until(entries, index) if one[1] == running[slot]]
+        assert sum(before[slot].values()) == sum(one[2] for one in earlier)
+        assert before[slot].keys() == {one[3] for one in earlier}
+        compared += 1
+  assert compared > 2
   found = json.loads(json.dumps(perfetto.tracks(timeline)))
   names = {event["args"]["name"] for event in found if event["name"] == "thread_name"}
   assert len(names) == len(timeline.slots) + 1
