@@ -111,7 +111,7 @@ def _slots(
     found = [mark for mark in marks if mark.what is what]
     axes.plot(
       [mark.seconds - start for mark in found], [mark.slot for mark in found], shape, color=colour,
-      markersize=2 if dense else 4, linestyle="none", zorder=4,
+      markersize=2 if dense else 4, linestyle="none", zorder=4, clip_on=False,
     )  # fmt: skip
   axes.yaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_ylim(max(timeline.slots, default=0) + 0.7, min(timeline.slots, default=0) - 0.7)
