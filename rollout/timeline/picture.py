@@ -109,10 +109,11 @@ def _slots(
   dense = len(timeline.slots) > 64
   for what, (shape, colour, _) in _SHAPES.items():
     found = [mark for mark in marks if mark.what is what]
-    axes.plot(
+    (points,) = axes.plot(
       [mark.seconds - start for mark in found], [mark.slot for mark in found], shape, color=colour,
       markersize=2 if dense else 4, linestyle="none", zorder=4, clip_on=False,
     )  # fmt: skip
+    points.set_in_layout(False)  # else the layout makes room for marks at the edge, and for those that there are not
   axes.yaxis.set_major_locator(MaxNLocator(integer=True))
   axes.set_ylim(max(timeline.slots, default=0) + 0.7, min(timeline.slots, default=0) - 0.7)
   axes.tick_params(labelbottom=False)
