@@ -73,6 +73,7 @@ class RolloutConfig:
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0  # 0: off
+  event_log: bool = True  # every decision into the workdir's events.jsonl, to be replayed and looked at
   parallel: ParallelConfig | None = None  # of the engine; None: as the trainer's (model.parallel)
 
   def __post_init__(self):

@@ -7,19 +7,22 @@
         advance the worker: prefill, and a few decode steps of all slots in one dispatch (worker.py)
         record  tokens, log-probs and the weight version; finish what ended; take back what a slot could not hold
 
-The worker holds device state; every decision is the scheduler's.  With an engine of this process, what it does is a function
-of the weights, the scheduler's state and the prompts it is given: that is what makes a resumed run exact.
+The worker holds device state; every decision is the scheduler's, and is written down as it is taken (events.py).  With an
+engine of this process, what it does is a function of the weights, the scheduler's state and the prompts it is given: that is
+what makes a resumed run exact.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ring_jax.records import FinishReason, Rollout
+from rollout import events as history
 from rollout.control import Abort, AbortGroup, Control, Update
+from rollout.events import EventLog
 from rollout.iteration import IterationResult
 from rollout.scheduler import C3POScheduler
-from rollout.worker import Job, Worker
+from rollout.worker import Drawn, Job, Worker
 
 # Asked for n prompts; returns up to n (problem index, token ids), fewer only when there are no more.
 PromptSource = Callable[[int], Sequence[tuple[int, list[int]]]]
@@ -39,11 +42,21 @@ class RolloutDriver:
   """Args:
   max_tokens: of an answer.
   control: what others ask of it; None: nobody does.
+  log: of all that it asks the scheduler; None: nothing is written.
   """
 
-  def __init__(self, worker: Worker, scheduler: C3POScheduler, max_tokens: int, control: Control | None = None):
+  def __init__(
+    self,
+    worker: Worker,
+    scheduler: C3POScheduler,
+    max_tokens: int,
+    control: Control | None = None,
+    log: EventLog | None = None,
+  ):
     self._worker, self._scheduler, self._max_tokens = worker, scheduler, max_tokens
     self._control = control or Control()
+    self._tell = log.write if log else lambda event: None
+    self._slots: frozenset[int] = frozenset()  # as the scheduler knows them
 
   def iterate(
     self,
@@ -62,10 +75,16 @@ class RolloutDriver:
       on_ready: called after each dispatch with all that can be trained on so far, in the order of its coming.
     """
     scheduler, clock = self._scheduler, Clock()
-    scheduler.set_slots(self._worker.slots)
-    scheduler.begin_iteration()
-    # Nothing is running, unless keys and values are kept.
-    self._worker.begin(params, version, [self._job(*entry) for entry in scheduler.running().items()])
+    self._slots = frozenset(self._worker.slots)
+    scheduler.set_slots(self._slots)
+    purged = scheduler.begin_iteration()
+    running = scheduler.running()  # nothing, unless keys and values are kept
+    self._tell(
+      history.Begin(
+        scheduler.iteration, version, sorted(self._slots), _slots_of(running.items()), [one.uid for one in purged]
+      )
+    )
+    self._worker.begin(params, version, [self._job(*entry) for entry in running.items()])
     while not scheduler.iteration_done:
       self._hear()
       if self._control.paused:
@@ -77,12 +96,20 @@ class RolloutDriver:
       else:
         self._admit(prompts)
         placed = scheduler.place()
+        self._tell(history.Place(_slots_of(placed)))
       self._advance(placed, clock)
       on_ready(scheduler.ready)
       on_progress(clock)
     self._control.end()
     self._worker.end()
-    return scheduler.end_iteration(version if trained is None else trained), clock
+    return self._end(version if trained is None else trained), clock
+
+  def _end(self, version: int) -> IterationResult:
+    done = self._scheduler.iteration_done
+    result = self._scheduler.end_iteration(version)
+    uids = [rollout.uid for rollout in result.rollouts]
+    self._tell(history.End(result.iteration, version, done, result.counted, uids, result.in_flight, result.buffered))
+    return result
 
   def _hear(self) -> None:
     """Does what was asked since the last dispatch."""
@@ -102,6 +129,8 @@ class RolloutDriver:
     slots = [slot for slot, rollout in self._scheduler.running().items() if rollout.uid in uids]
     for uid in uids:
       self._scheduler.finish(uid, FinishReason.ABORTED)
+    if uids:
+      self._tell(history.Abort(uids))
     return slots
 
   def _admit(self, prompts: PromptSource) -> None:
@@ -109,6 +138,7 @@ class RolloutDriver:
     if wanted:
       found = prompts(wanted)
       self._scheduler.admit(found)
+      self._tell(history.Admit(wanted, [[problem, len(ids)] for problem, ids in found]))
       if len(found) < wanted:
         self._scheduler.close()
 
@@ -122,14 +152,34 @@ class RolloutDriver:
       if drawn.reason is not None:
         scheduler.finish(drawn.uid, drawn.reason)
         clock.finished += 1
+    seconds = (round(events.prefill_seconds, 6), round(events.decode_seconds, 6))
+    self._tell(history.Draw(*seconds, [_told(drawn) for drawn in events.drawn]))
     if events.evicted:
       running = scheduler.running()
       for slot in events.evicted:
         scheduler.evict(running[slot].uid)
-    scheduler.set_slots(self._worker.slots)
+      self._tell(history.Evict([[slot, running[slot].uid] for slot in events.evicted]))
+    self._see_slots()
     clock.prefill += events.prefill_seconds
     clock.decode += events.decode_seconds
+
+  def _see_slots(self) -> None:
+    slots = frozenset(self._worker.slots)
+    if slots != self._slots:
+      self._slots = slots
+      self._scheduler.set_slots(slots)
+      self._tell(history.Slots(sorted(slots)))
 
   def _job(self, slot: int, rollout: Rollout) -> Job:
     tokens = rollout.prompt + rollout.tokens
     return Job(slot, rollout.uid, tokens, self._max_tokens - len(rollout.tokens))
+
+
+def _slots_of(rollouts: Iterable[tuple[int, Rollout]]) -> list[list[int]]:
+  return [[slot, rollout.uid] for slot, rollout in rollouts]
+
+
+def _told(drawn: Drawn) -> list[Any]:
+  """As the log has it."""
+  reason = None if drawn.reason is None else drawn.reason.value
+  return [drawn.slot, drawn.uid, len(drawn.tokens), drawn.version, reason]

@@ -3,22 +3,28 @@
     python -m rollout.simulate --trace=lengths.jsonl --slots=256 --token_budget=1000000 --retention=8 --json
     python -m rollout.simulate --generator=lognormal --sigma=1.2 --cap=32768 --prompts=4000 --slots=512 --retention=10 --compare --plot=schedules.png
     python -m rollout.simulate --calibrate=runs/ring_tiny --costs_out=costs.json
+    python -m rollout.simulate --measure --generator=lognormal --mean=24 --cap=224 --prompt_tokens=8 --prompts=64 --slots=32 --retention=12
 
 A trace is JSONL, one answer a line: {"prompt_id": 17, "sample_id": 0, "prompt_tokens": 210, "response_tokens": 3907}.  The
 scheduler is the one that a live run uses, with the same rules (docs/scheduler.md).  Costs are seconds; --costs takes what
---calibrate has fitted to a real run, and a flag of its own overrides it.  --compare adds over-sampling with abort.
+--calibrate has fitted to a real run, and a flag of its own overrides it.  --compare adds over-sampling with abort.  --measure
+runs both schedules on the real engine of a tiny model too, with answers of these lengths.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
+from configs import ring_tiny
 from configs.schema import BudgetCounts, ConfigError, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
 from ring_jax.launch import app
 from ring_jax.train.workdir import write_atomic
+from rollout.events import EventLog
 from rollout.simulator import calibration, report
 from rollout.simulator.batches import OnAbort, oversampled, synchronous
 from rollout.simulator.c3po import C3POSimulation
@@ -36,6 +42,7 @@ _RULES = {
 }
 _GROUP_SIZE = 8
 _PROMPTS = 2000
+_LONGEST = 512  # positions of the model of configs/ring_tiny.py
 
 
 def define_flags() -> None:
@@ -53,6 +60,11 @@ def define_flags() -> None:
   flags.DEFINE_bool("json", False, "Print one JSON object.")
   flags.DEFINE_string("plot", None, "A PNG to write.")
   flags.DEFINE_string("series", None, "A JSONL file to write: one line an iteration of each schedule.")
+  flags.DEFINE_bool("measure", False, "Run both on the real engine too, with the model of configs/ring_tiny.py.")
+  flags.DEFINE_integer("repeats", 2, "How often --measure runs each, after once to compile.")
+  flags.DEFINE_string(
+    "events", None, "Where to write C3PO++'s event log (see rollout.timeline): simulated, or measured."
+  )
   flags.DEFINE_string("calibrate", None, "A workdir: fit the costs to that run, and show how well they predict it.")
   flags.DEFINE_string("costs_out", None, "Where --calibrate writes the costs.")
 
@@ -168,12 +180,14 @@ def main() -> None:
   trace, costs = make_trace(), make_costs()
   config = make_config(trace)
   groups = batch_prompts(trace, config)
-  outcomes = [C3POSimulation(trace, config, costs).run(), synchronous(trace, config, costs, groups)]
+  outcomes = [simulated(trace, config, costs), synchronous(trace, config, costs, groups)]
   launched = max(groups, round(FLAGS.over_sampling * groups))
   for on_abort in OnAbort if FLAGS.compare else ():
     outcomes.append(oversampled(trace, config, costs, groups, launched, on_abort))
   found = report.comparison(trace, outcomes[0], outcomes[1], outcomes[2:])
   found["settings"] = _settings(config, costs, groups, launched)
+  if FLAGS.measure:
+    found["measured"] = measure(trace, config, groups)
   _write(trace, outcomes)
   if FLAGS.json:
     print(json.dumps(found, allow_nan=False))
@@ -183,6 +197,40 @@ def main() -> None:
     f"C3PO++: slots={config.slots} pool={config.pool} token_budget={config.token_budget} retention={config.retention}"
     f" unit={config.unit} on_purge={config.on_purge} kv_policy={config.kv_policy}; batches of {groups} prompts"
   )
+  if FLAGS.measure:
+    print("\n".join(report.measured_lines(found["measured"])))
+
+
+def simulated(trace: Trace, config: RolloutConfig, costs: Costs) -> Outcome:
+  """C3PO++, with an event log where one is wanted of it."""
+  if not FLAGS.events or FLAGS.measure:
+    return C3POSimulation(trace, config, costs).run()
+  with new_log(lambda: simulation.clock.seconds) as log:
+    simulation = C3POSimulation(trace, config, costs, log)
+    return simulation.run()
+
+
+def new_log(clock: Callable[[], float] | None = None) -> contextlib.closing[EventLog]:
+  """At --events, where nothing is left of what was there."""
+  pathlib.Path(FLAGS.events).unlink(missing_ok=True)
+  return contextlib.closing(EventLog(pathlib.Path(FLAGS.events), clock))
+
+
+def measure(trace: Trace, config: RolloutConfig, groups: int) -> dict[str, Any]:
+  """The same on the real engine."""
+  from rollout import measured  # the engine takes seconds to import
+
+  longest = max(trace.prompts) + max(trace.lengths)
+  if longest > _LONGEST:
+    raise ConfigError(
+      f"--measure: prompt and answer of {longest} tokens; a tiny engine takes at most {_LONGEST} (--cap)"
+    )
+  if FLAGS.repeats < 1:
+    raise ConfigError(f"--repeats={FLAGS.repeats}: must be at least 1")
+  config = dataclasses.replace(config, max_prompt_tokens=max(trace.prompts), max_tokens=max(trace.lengths))
+  measurement = measured.Measurement(ring_tiny.get_config().model, config, trace, groups)
+  with new_log() if FLAGS.events else contextlib.nullcontext() as log:
+    return measured.compare(measurement, FLAGS.repeats, log)
 
 
 def _settings(config: RolloutConfig, costs: Costs, groups: int, launched: int) -> dict[str, Any]:
@@ -206,7 +254,11 @@ def _write(trace: Trace, outcomes: list[Outcome]) -> None:
 
 
 def calibrate() -> None:
-  useless = [f"--{name}" for name in ("trace", "generator", "plot", "series", "compare") if FLAGS[name].present]
+  useless = [
+    f"--{name}"
+    for name in ("trace", "generator", "plot", "series", "compare", "measure", "events")
+    if FLAGS[name].present
+  ]
   if useless:
     raise ConfigError(f"{', '.join(useless)}: contradicts --calibrate, which simulates the run's own answers")
   from ring_jax.train.report import metrics  # TensorBoard takes a second to import

@@ -12,6 +12,8 @@ FLOORS = {
   "ring_jax.records": 2,
   "rollout": 3,
   "rollout.simulate": 5,  # a command
+  "rollout.replay": 5,  # a command
+  "rollout.timeline.__main__": 5,  # a command
   "ring_jax.rl": 3,
   "ring_jax.rewards": 3,
   "ring_jax.data": 3,
@@ -25,6 +27,8 @@ FLOORS = {
 }
 CONTROL = (
   "rollout/scheduler.py",
+  "rollout/events.py",
+  "rollout/timeline/spans.py",
   *(f"rollout/simulator/{path.name}" for path in sorted((ROOT / "rollout/simulator").glob("*.py"))),
   "ring_jax/records.py",
   "configs/base.py",

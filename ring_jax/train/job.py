@@ -79,7 +79,7 @@ def run_job(
 class Job:
   def __init__(self, config: RunConfig, workdir: Workdir, pool: ScoringPool | None, report: RunReport):
     self._config, self._report = config, report
-    self._parts = parts = Parts.of(config, workdir, pool, report.span)
+    self._parts = parts = Parts.of(config, workdir, pool, report.span, report.events)
     self._evaluators: dict[int, Evaluator] = {}
     self._store = RunStore(workdir.checkpoints, keep=config.checkpoint.keep)
     check_disk(workdir.checkpoints, config.checkpoint.keep, parts.largest_checkpoint())
@@ -261,7 +261,7 @@ class Job:
     else:
       self.progress = Progress()
       self.weights = parts.fresh()
-    self._report.begin(self.progress.step, resumed)
+    self._report.begin(self.progress.step, resumed, parts.scheduler.iteration)
 
   @contextlib.contextmanager
   def _interrupts(self) -> Iterator[None]:

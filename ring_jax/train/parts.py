@@ -25,6 +25,7 @@ from ring_jax.train.turns import Turns
 from ring_jax.train.workdir import Workdir
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
+from rollout.events import EventLog
 from rollout.probe import EngineProbe
 from rollout.scheduler import C3POScheduler
 from rollout.worker import EngineWorker
@@ -50,10 +51,18 @@ class Parts:
   rl: dict[str, Orchestrator]
 
   @classmethod
-  def of(cls, config: RunConfig, workdir: Workdir, pool: ScoringPool | None, span: Callable[..., Any]) -> "Parts":
+  def of(
+    cls,
+    config: RunConfig,
+    workdir: Workdir,
+    pool: ScoringPool | None,
+    span: Callable[..., Any],
+    log: EventLog | None,
+  ) -> "Parts":
     """Args:
     pool: running, on the first process.
     span: times and shows work; takes its kind and the step.
+    log: of the rollouts' scheduling.
     """
     tokenizer, tasks = prepare_tasks(
       config.task, config.tokenizer, config.rollout, config.seed, config.init, workdir.tokenizer
@@ -68,7 +77,7 @@ class Parts:
     )  # fmt: skip
     scheduler = C3POScheduler(config.rollout)
     worker = EngineWorker(engine, lambda: turns.of(Role.ROLLOUT))
-    driver = RolloutDriver(worker, scheduler, config.rollout.max_tokens)
+    driver = RolloutDriver(worker, scheduler, config.rollout.max_tokens, log=log)
     streams = {name: ProblemStream(tasks, tokenizer) for name in ("sft", "rl")}
     scorer, problems = Scorer(pool, tokenizer), streams["rl"]
     score = lambda rollouts: scorer.score(rollouts, lambda rollout: problems.problem(rollout.problem))  # noqa: E731

@@ -1,4 +1,4 @@
-"""Everything that a run tells: console, metrics.jsonl, TensorBoard, trace, samples, and the summary at its end.
+"""Everything that a run tells: console, metrics.jsonl, TensorBoard, trace, events, samples, and the summary at its end.
 
 Where several processes run a job, the first one tells and the others are silent.  All of them tell their watchdog.
 """
@@ -19,6 +19,7 @@ from ring_jax.train.report.trace import Span, Trace
 from ring_jax.train.watchdog import Watchdog
 from ring_jax.train.workdir import Workdir
 from rollout.driver import Clock
+from rollout.events import EventLog
 
 _STAGES = {"start": "before SFT", "sft": "after SFT", "rl": "after RL", "rlhf": "after RLHF"}
 
@@ -30,11 +31,15 @@ class RunReport:
     self.trace = Trace(workdir.trace)
     self._metrics = MetricsLog(workdir)
     self._samples = SampleLog(workdir.rollouts)
+    # On the trace's clock, so that both can be shown on one time line.
+    self.events = EventLog(workdir.events, self.trace.seconds) if config.rollout.event_log else None
 
-  def begin(self, step: int, resumed: bool) -> None:
-    """Cuts the logs back to the restored step and says what will happen."""
+  def begin(self, step: int, resumed: bool, iterations: int) -> None:
+    """Cuts the logs back to the restored step, and to the iterations that its scheduler has ended; says what will happen."""
     self._metrics.truncate(step if resumed else -1)
     self._samples.truncate(step if resumed else -1)
+    if self.events is not None:
+      self.events.truncate(iterations)
     self.console.opening(self._config, step)
 
   def alive(self, what: str | None = None) -> None:
@@ -114,6 +119,8 @@ class RunReport:
 
   def flush(self) -> None:
     self._metrics.flush()
+    if self.events is not None:
+      self.events.flush()
 
   def summary(self, evaluations: dict[str, dict[str, Any]]) -> None:
     """Table, plot, sample answers, and what to do next."""
@@ -144,16 +151,21 @@ class RunReport:
       f"\nmeasure again: python -m ring_jax.launch.evaluate --checkpoint={shown} --samples=16"
       f"\ntrain longer:  the same command with --config.rl.steps={2 * self._config.rl.steps}"
       f"\nwhere did the time go: open {workdir.trace} in ui.perfetto.dev"
+      + (f", or with all slots: python -m rollout.timeline --workdir={shown} --trace=slots.json" if self.events else "")
     )
 
   def close(self) -> None:
     self.console.close()
     self._metrics.close()
+    if self.events is not None:
+      self.events.close()
     self.trace.close()
 
 
 class SilentReport(RunReport):
   """Of every process but the first: writes and prints nothing, but is watched."""
+
+  events = None
 
   def __init__(self, config: RunConfig, workdir: Workdir, watchdog: Watchdog):
     self._watchdog = watchdog

@@ -6,6 +6,7 @@
     timings.jsonl           the wall-clock values of the same steps
     tensorboard/            both, as TensorBoard events
     trace.json              Perfetto trace of the phases
+    events.jsonl            what the scheduler of the rollouts was told and decided, in order
     rollouts/               what was generated, rewarded and trained on
     plots/                  PNGs
     tokenizer.json          where the run built one
@@ -27,6 +28,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any, Self, TextIO
 
+from configs import loading
 from configs.schema import ConfigError, RunConfig, to_dict
 
 # What may change between two calls for one run: it does not alter a step that has been taken.
@@ -90,6 +92,10 @@ class Workdir:
   @property
   def trace(self) -> pathlib.Path:
     return self.path / "trace.json"
+
+  @property
+  def events(self) -> pathlib.Path:
+    return self.path / "events.jsonl"
 
   @property
   def rollouts(self) -> pathlib.Path:
@@ -192,6 +198,21 @@ class Workdir:
         f"holds a run with another config: {', '.join(differing[:_SHOWN])}{more};"
         " give another --workdir, or the values it was started with"
       )
+
+
+def read_config(path: str | os.PathLike[str]) -> RunConfig:
+  """The config of a run that is only looked at.
+
+  Raises:
+    WorkdirError: there is no run.
+  """
+  file = pathlib.Path(path).expanduser() / "config.json"
+  try:
+    return loading.from_dict(json.loads(file.read_text()))
+  except OSError as error:
+    raise WorkdirError(f"--workdir={path}: is no run's ({file.name}: {error.strerror})") from None
+  except ValueError as error:
+    raise WorkdirError(f"--workdir={path}: {file.name} is not a run's ({error})") from None
 
 
 def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,9 +12,12 @@ that depends on tokens it has been told of all of them: decisions are those of t
 import dataclasses
 import heapq
 from collections.abc import Sequence
+from typing import Any
 
 from configs.schema import BudgetCounts, RolloutConfig
 from ring_jax.records import FinishReason, Rollout
+from rollout import events
+from rollout.events import EventLog
 from rollout.iteration import IterationResult
 from rollout.scheduler import C3POScheduler
 from rollout.simulator.clock import Clock
@@ -47,9 +50,13 @@ class CountedRollout(Rollout):
 
 
 class C3POSimulation:
-  """`iterate` runs one iteration; `run` all of them, to the end of the trace."""
+  """`iterate` runs one iteration; `run` all of them, to the end of the trace.
 
-  def __init__(self, trace: Trace, config: RolloutConfig, costs: Costs):
+  Args:
+    log: written as a driver's, on the clock of the simulation, but for one dispatch where many decide nothing; None: not.
+  """
+
+  def __init__(self, trace: Trace, config: RolloutConfig, costs: Costs, log: EventLog | None = None):
     if trace.group_size != config.group_size:
       raise ValueError(f"a trace of groups of {trace.group_size}, a scheduler of groups of {config.group_size}")
     self.scheduler = C3POScheduler(config, CountedRollout)
@@ -65,6 +72,9 @@ class C3POSimulation:
     self._since: dict[int, int] = {}  # by uid
     self._since_sum = 0
     self._held = 0  # sum of prompt + length - k since
+    self._log = log
+    self._drawn: list[list[Any]] = []  # what the log has not been told of
+    self._decoded = 0.0  # seconds of decoding that it has been told of
 
   def run(self) -> Outcome:
     outcome = self._recorder.outcome
@@ -84,13 +94,20 @@ class C3POSimulation:
   def iterate(self) -> IterationResult:
     scheduler = self.scheduler
     version = scheduler.iteration
-    scheduler.begin_iteration()
+    purged = scheduler.begin_iteration()
+    if self._log:
+      running = [[slot, rollout.uid] for slot, rollout in scheduler.running().items()]
+      slots = list(range(self._config.slots))
+      self._log.write(events.Begin(version, version, slots, running, [rollout.uid for rollout in purged]))
     self._ends, self._since, self._since_sum, self._held = [], {}, 0, 0
     for slot, rollout in scheduler.running().items():  # none unless keys and values are kept
       self._start(slot, rollout)
     while not self._done(version):
+      self._tell_drawn()
       self._admit()
       placed = scheduler.place()
+      if self._log:
+        self._log.write(events.Place([[slot, rollout.uid] for slot, rollout in placed]))
       if placed:
         self._prefill(placed)
         for slot, rollout in placed:
@@ -98,7 +115,12 @@ class C3POSimulation:
       if self._ends:  # nothing is in a slot where the prompts have just run out
         self._advance(version)
     self._record_all(version)
-    return scheduler.end_iteration(version)
+    self._tell_drawn()
+    done, result = scheduler.iteration_done, scheduler.end_iteration(version)
+    if self._log:
+      uids = [rollout.uid for rollout in result.rollouts]
+      self._log.write(events.End(version, version, done, result.counted, uids, result.in_flight, result.buffered))
+    return result
 
   def _done(self, version: int) -> bool:
     scheduler = self.scheduler
@@ -111,6 +133,9 @@ class C3POSimulation:
     if wanted:
       end = min(self._cursor + wanted, self._trace.groups)
       self.scheduler.admit([(group, ()) for group in range(self._cursor, end)])
+      if self._log:
+        size, prompts = self._trace.group_size, self._trace.prompts
+        self._log.write(events.Admit(wanted, [[group, prompts[group * size]] for group in range(self._cursor, end)]))
       if end < self._cursor + wanted:
         self.scheduler.close()
       self._cursor = end
@@ -152,7 +177,7 @@ class C3POSimulation:
       target = min(target, -(-(missing + k * self._since_sum) // (k * active)))
     clock.decode(target - now, active, self._held + k * active * now)
     while ends and ends[0][0] == target:  # in the order of slots, as in the driver
-      _, _, rollout = heapq.heappop(ends)
+      _, slot, rollout = heapq.heappop(ends)
       uid = rollout.uid
       since = self._since.pop(uid)
       self._since_sum -= since
@@ -161,13 +186,26 @@ class C3POSimulation:
       scheduler.record(uid, drawn, drawn, version)
       scheduler.finish(uid, FinishReason.STOP)
       self.ended[uid] = target
+      if self._log:
+        self._drawn.append([slot, uid, len(drawn), version, FinishReason.STOP.value])
 
   def _record_all(self, version: int) -> None:
     """Tells the scheduler of everything drawn so far."""
     now, k = self.clock.dispatches, self._config.steps_per_dispatch
+    if self._log:
+      slot_of = {rollout.uid: slot for slot, rollout in self.scheduler.running().items()}
     for uid, since in self._since.items():
       drawn = range(k * (now - since))
       if drawn:
         self.scheduler.record(uid, drawn, drawn, version)
         self._since[uid] = now
+        if self._log:
+          self._drawn.append([slot_of[uid], uid, len(drawn), version, None])
     self._since_sum = now * len(self._since)
+
+  def _tell_drawn(self) -> None:
+    """One event for all that was drawn since the last placement."""
+    decoded = self.clock.decode_seconds - self._decoded
+    if self._log and (self._drawn or decoded):
+      self._log.write(events.Draw(0.0, decoded, self._drawn))
+      self._drawn, self._decoded = [], self.clock.decode_seconds

@@ -56,6 +56,22 @@ def lines(report: dict[str, Any]) -> list[str]:
   ]
 
 
+def measured_lines(found: dict[str, Any]) -> list[str]:
+  """What `--measure` found (rollout/measured.py), for a person."""
+  return [
+    f"measured on the real engine: a trained token's rollout is {found['rollout_speedup']:.2f}x as quick as in the"
+    f" synchronous batch ({', '.join(f'{turn:.2f}' for turn in found['turns'])} by turn),"
+    f" {found['dispatch_speedup']:.2f}x by dispatches",
+    *(
+      f"  {name:<12} {one['seconds']:.3f} s, {one['prefill_seconds']:.3f} of them prefill; {one['dispatches']} dispatches,"
+      f" {one['iterations']} iterations, {one['tokens_trained']} tokens trained on, {one['tokens_wasted']} wasted,"
+      f" staleness at most {one['max_staleness']}"
+      for name in ("c3po", "synchronous")
+      for one in [found[name]]
+    ),
+  ]
+
+
 def _time(seconds: float, speedup: float | None) -> str:
   return f"{seconds:.4g} s" + ("" if speedup is None else f" ({speedup:.2f}x)")
 

@@ -82,6 +82,10 @@ class Trace:
     """Puts values on the curve `name` from now on, such as `tokens/s`, rollout=..., train=...."""
     self._emit({"name": name, "ph": "C", "pid": _PROCESS, "ts": self._now(), "args": values})
 
+  def seconds(self) -> float:
+    """Since the run began, without the time between a kill and the resume."""
+    return time.perf_counter() - self._origin
+
   def close(self) -> None:
     if not self._file.closed:
       self._file.write("\n]\n")
@@ -94,8 +98,8 @@ class Trace:
     self.close()
 
   def _now(self) -> float:
-    """Microseconds since the run began."""
-    return (time.perf_counter() - self._origin) * 1e6
+    """In microseconds, as the format has it."""
+    return self.seconds() * 1e6
 
   def _track(self, kind: str) -> int:
     if kind not in self._tracks:
