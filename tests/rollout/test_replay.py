@@ -42,6 +42,9 @@ class Erratic:
   def load(self, params, version):
     self._version = version
 
+  def end(self):
+    pass
+
   def release(self, slots):
     for slot in slots:
       self._jobs.pop(slot, None)
