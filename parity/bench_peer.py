@@ -1,6 +1,6 @@
 """Another engine in a process of its own, for `python -m rollout.bench`: JSON lines in, JSON lines out.
 
-    python -m parity.bench_peer --engine=vllm|transformers --threads=N
+    python -m parity.bench_peer --engine=vllm|transformers --threads=N [--clock=wall|processor]
 
     first line out     {"versions": {...}}                          or {"error": ...} if the engine cannot be imported
     {"open": {"folder", "dtype", "slots", "length"}}    -> {}       a checkpoint, as `ring_jax.checkpoint.hf` writes it
@@ -27,6 +27,7 @@ from ring_jax.checkpoint import hf, hf_config
 
 _ENGINE = flags.DEFINE_enum("engine", None, ["vllm", "transformers"], "Which engine.", required=True)
 _THREADS = flags.DEFINE_integer("threads", 1, "Threads it may use.", lower_bound=1)
+_CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "processor"], "Time that passed, or that it computed.")
 
 
 class _Engine(Protocol):
@@ -127,9 +128,10 @@ def _serve(engine: _Engine, request: dict[str, Any]) -> dict[str, Any]:
       engine.open(**arguments)
       return {}
     case "generate":
-      started = time.perf_counter()
+      clock = {"wall": time.perf_counter, "processor": time.process_time}[_CLOCK.value]
+      started = clock()
       drawn = engine.generate(**arguments)
-      seconds = time.perf_counter() - started
+      seconds = clock() - started
       if drawn != [arguments["tokens"]] * len(arguments["prompts"]):
         raise ValueError(f"asked for {arguments['tokens']} tokens a prompt, got {drawn}")
       return {"seconds": seconds}

@@ -7,6 +7,9 @@ one token after each long prompt.  Decoding is what the many tokens took longer 
 and their one token.  Everything is timed as a caller sees it, from token ids to token ids and log-probs on the host.  A
 first round is not counted.
 
+On a machine that others use too, `--threads=1 --clock=processor` counts the processor time that each engine takes: with
+one thread, what the wall clock would show if the machine were free.
+
 An engine that is not installed is left out, and the report says so.  In float32 the others score what ours sampled, and a
 difference of more than 1e-4 in a log-prob is an error.
 """
@@ -17,6 +20,7 @@ import pathlib
 import platform
 import sys
 import tempfile
+import time
 from typing import Any
 
 import jax
@@ -40,9 +44,11 @@ _STEPS = flags.DEFINE_integer("steps_per_dispatch", 16, "Of our engine.", lower_
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Counted rounds.", lower_bound=1)
 _PEERS = flags.DEFINE_list("peers", ["vllm", "transformers"], "Other engines.")
 _THREADS = flags.DEFINE_integer("threads", 0, "Processors that each engine may use; 0: all.", lower_bound=0)
+_CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "processor"], "Time that passes, or that an engine computes.")
 _PYTHON = flags.DEFINE_string("peer_python", "", "The Python that has the other engines; default: this one.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
+_CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 _TOLERANCE = 1e-4
 _SCORED = 4  # sequences
 
@@ -59,7 +65,7 @@ def _start(threads: int) -> tuple[dict[str, Peer], dict[str, str]]:
   peers, absent = {}, {}
   for name in _PEERS.value:
     try:
-      peers[name] = Peer(name, threads, _PYTHON.value or None)
+      peers[name] = Peer(name, threads, _CLOCK.value, _PYTHON.value or None)
     except PeerError as error:
       absent[name] = str(error)
   return peers, absent
@@ -73,12 +79,12 @@ class _Batch:
   """All engines, opened for one batch size."""
 
   def __init__(self, config: ModelConfig, params: Params, folder: pathlib.Path, peers: dict[str, Peer], slots: int):
-    dtype = RolloutDtype(_DTYPE.value)
+    dtype, clock = RolloutDtype(_DTYPE.value), _CLOCKS[_CLOCK.value]
     self._short, self._long = (_prompts(config, slots, n) for n in (_PROMPT.value, _LONG_PROMPT.value))
     lengths = _PROMPT.value + _TOKENS.value, _LONG_PROMPT.value + 1
     # An engine for each shape, as a user would set it up.
     short, long = (
-      Ours(config, params, dtype, slots, prompt, length, _STEPS.value)
+      Ours(config, params, dtype, slots=slots, prompt=prompt, length=length, steps=_STEPS.value, clock=clock)
       for prompt, length in zip((_PROMPT.value, _LONG_PROMPT.value), lengths, strict=True)
     )
     for peer in peers.values():
@@ -126,7 +132,7 @@ def measure() -> dict[str, Any]:
     "rounds": _ROUNDS.value,
     "decode_shape": f"{_TOKENS.value} tokens after {_PROMPT.value}",
     "prefill_shape": f"{_LONG_PROMPT.value} tokens",
-    "machine": {"processor": _processor(), "threads": threads},
+    "machine": {"processor": _processor(), "threads": threads, "clock": _CLOCK.value},
     "versions": {"jax": jax.__version__},
     "decode": {}, "prefill": {}, "host_share": {}, "largest_logp_difference": {},
   }  # fmt: skip
@@ -139,7 +145,10 @@ def measure() -> dict[str, Any]:
         result["versions"] |= peer.versions
       for slots in map(int, _BATCH.value):
         _measure_batch(result, _Batch(config, params, checkpoint, peers, slots), slots)
-        share = HostShare(config, params, dtype, slots, _PROMPT.value, _TOKENS.value, _STEPS.value)
+        share = HostShare(
+          config, params, dtype, slots=slots, prompt=_PROMPT.value, tokens=_TOKENS.value, steps=_STEPS.value,
+          clock=_CLOCKS[_CLOCK.value],
+        )  # fmt: skip
         shares = [share.measure() for _ in range(_ROUNDS.value + 1)][1:]
         result["host_share"][slots] = report.Spread.of(shares)._asdict()
   finally:

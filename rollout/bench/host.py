@@ -23,14 +23,14 @@ _GROUP = 8
 class _Timed:
   """Programs that add up the seconds they take."""
 
-  def __init__(self):
-    self.seconds = 0.0
+  def __init__(self, clock: Callable[[], float]):
+    self._clock, self.seconds = clock, 0.0
 
   def wrap(self, program: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-      started = time.perf_counter()
+      started = self._clock()
       out = jax.block_until_ready(program(*arguments))
-      self.seconds += time.perf_counter() - started
+      self.seconds += self._clock() - started
       return out
 
     return call
@@ -40,7 +40,16 @@ class HostShare:
   """A driver whose rollouts all end at their last token, and are replaced, so that there is always something to do."""
 
   def __init__(
-    self, model: ModelConfig, params: Params, dtype: RolloutDtype, slots: int, prompt: int, tokens: int, steps: int
+    self,
+    model: ModelConfig,
+    params: Params,
+    dtype: RolloutDtype,
+    *,
+    slots: int,
+    prompt: int,
+    tokens: int,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
   ):
     group = min(_GROUP, slots)
     config = RolloutConfig(
@@ -50,7 +59,7 @@ class HostShare:
     )  # fmt: skip
     engine = RingEngine(model, config, eos_ids=(), vocab_mask_V=np.ones(model.vocab_size, bool), seed=0)
     self._stored = engine.load_params(params)
-    self._timed = _Timed()
+    self._clock, self._timed = clock, _Timed(clock)
     engine.programs = Programs(*map(self._timed.wrap, engine.programs))
     self._scheduler = C3POScheduler(config)
     self._driver = RolloutDriver(engine, self._scheduler)
@@ -63,7 +72,7 @@ class HostShare:
   def measure(self) -> float:
     """Of one iteration."""
     self._timed.seconds = 0.0
-    started = time.perf_counter()
+    started = self._clock()
     self._driver.iterate(self._stored, 0, self._prompts)
-    seconds = time.perf_counter() - started
+    seconds = self._clock() - started
     return 1.0 - self._timed.seconds / seconds

@@ -4,7 +4,7 @@ Dimension key: N steps, B slots.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +23,23 @@ class Ours:
   Args:
     length: prompt and answer together, at most.
     prompt: tokens of a prompt; how many are prefilled together depends on it.
+    steps: of a dispatch.
+    clock: in seconds.
   """
 
   def __init__(
-    self, model: ModelConfig, params: Params, dtype: RolloutDtype, slots: int, prompt: int, length: int, steps: int
+    self,
+    model: ModelConfig,
+    params: Params,
+    dtype: RolloutDtype,
+    *,
+    slots: int,
+    prompt: int,
+    length: int,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
   ):
+    self._clock = clock
     self._config = RolloutConfig(
       token_budget=1, slots=slots, group_size=1, dtype=dtype, max_prompt_tokens=prompt, max_tokens=length - prompt,
       prefill_batch=max(1, min(slots, PREFILL_TOKENS // prompt)), steps_per_dispatch=steps,
@@ -39,7 +51,7 @@ class Ours:
 
   def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, np.ndarray, np.ndarray]:
     """(seconds until the host has all of it, tokens [N, B], log-probs [N, B])."""
-    started = time.perf_counter()
+    started = self._clock()
     size = self._config.prefill_batch
     for first in range(0, len(prompts), size):
       chunk = prompts[first : first + size]
@@ -51,7 +63,7 @@ class Ours:
       steps = min(self._config.steps_per_dispatch, tokens - first)
       self._state, out = self._engine.decode(self._stored, self._state, steps)
       drawn.append(jax.device_get(out))
-    seconds = time.perf_counter() - started
+    seconds = self._clock() - started
     if not all(out.valid_NxB[:, : len(prompts)].all() for out in drawn):
       raise RuntimeError("a slot fell silent before its last token")
     return seconds, *(np.concatenate([getattr(out, name) for out in drawn]) for name in ("token_NxB", "logp_NxB"))

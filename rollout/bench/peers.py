@@ -26,10 +26,11 @@ class Peer:
   PeerError: the engine cannot be imported.
   """
 
-  def __init__(self, engine: str, threads: int, interpreter: str | None = None):
+  def __init__(self, engine: str, threads: int, clock: str = "wall", interpreter: str | None = None):
     self._engine = engine
     self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # closed by close()
-    command = [interpreter or sys.executable, "-m", "parity.bench_peer", f"--engine={engine}", f"--threads={threads}"]
+    command = [interpreter or sys.executable, "-m", "parity.bench_peer"]
+    command += [f"--engine={engine}", f"--threads={threads}", f"--clock={clock}"]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     self._process = subprocess.Popen(
       command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="utf-8",

@@ -40,7 +40,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
   versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
   out = [
     f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']}; {machine['processor']},"
-    f" {machine['threads']} threads for every engine",
+    f" {machine['threads']} threads for every engine, {machine['clock']} time",
     f"{versions}; {result['rounds']} rounds in turns, median [range]",
     *(f"{name}: not there ({reason})" for name, reason in result["absent"].items()),
   ]
