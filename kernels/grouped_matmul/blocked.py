@@ -122,13 +122,15 @@ def forward(lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array) 
 def widened(x: jax.Array) -> jax.Array:
   """bfloat16 as float32, which is how a CPU multiplies it anyway; other types as they are.
 
-  A plain cast of a weight does not depend on the step, so XLA makes it before the loop, of the whole stack: twice the
-  bytes of a float32 model to read.  It does not see through this one, which is the same number.
+  A plain cast of a weight, or a slice of it in bfloat16, does not depend on the step, so XLA casts the whole stack before
+  the loop over steps.  It does not see through this one, which is the same number.
+
+  Args:
+    x: floating point, or the bits of bfloat16 as uint16.
   """
-  if x.dtype != jnp.bfloat16:
-    return x
-  bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
-  return lax.bitcast_convert_type(bits, jnp.float32)
+  if x.dtype == jnp.bfloat16:
+    x = lax.bitcast_convert_type(x, jnp.uint16)
+  return x if x.dtype != jnp.uint16 else lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def gated_experts(
@@ -144,12 +146,13 @@ def gated_experts(
   if num_rows == 0 or num_groups == 0:
     return out_MxD
   sizes = block_sizes(num_rows, num_groups)
+  if down_LxExFxD.dtype == jnp.bfloat16:
+    gate_up_LxExDxG, down_LxExFxD = (lax.bitcast_convert_type(x, jnp.uint16) for x in (gate_up_LxExDxG, down_LxExFxD))
 
   def matrix(stack_LxExKxN: jax.Array, e: jax.Array) -> jax.Array:
     zero = jnp.zeros((), e.dtype)
-    return lax.dynamic_slice(stack_LxExKxN, (layer.astype(e.dtype), e, zero, zero), (1, 1, *stack_LxExKxN.shape[2:]))[
-      0, 0
-    ]
+    place = layer.astype(e.dtype), e, zero, zero
+    return widened(lax.dynamic_slice(stack_LxExKxN, place, (1, 1, *stack_LxExKxN.shape[2:]))[0, 0])
 
   def group(e: jax.Array, start: jax.Array, count: jax.Array, out_MxD: jax.Array) -> jax.Array:
     gate_up_DxG, down_FxD = matrix(gate_up_LxExDxG, e), matrix(down_LxExFxD, e)

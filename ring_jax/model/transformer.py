@@ -66,9 +66,9 @@ class Block(nnx.Module):
         out_BxTxD, counts_E = self.mlp(self.post_norm(x_BxTxD)), None
       return x_BxTxD + out_BxTxD, counts_E
 
-  def __call__(self, x_BxTxD, rotary, segment_ids_BxT):
+  def __call__(self, x_BxTxD, rotary, segment_ids_BxT, prefill=False):
     with jax.named_scope("attention"):
-      out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, segment_ids_BxT)
+      out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, segment_ids_BxT, prefill)
     x_BxTxD, counts_E = self._feed_forward(x_BxTxD + out_BxTxD, segment_ids_BxT > 0)
     return x_BxTxD, counts_E, kv
 
@@ -160,7 +160,7 @@ class RingModel(nnx.Module):
 
       def layer(x, params, graph=graph):
         x = checkpoint_name(x, _INPUT)
-        x, counts_E, kv = nnx.merge(graph, params)(x, rotary, segment_ids_BxT)
+        x, counts_E, kv = nnx.merge(graph, params)(x, rotary, segment_ids_BxT, return_kv)
         return x, (counts_E, kv if return_kv else None)
 
       if self.config.remat is not Remat.NONE:
