@@ -1,7 +1,15 @@
 """Attention over packed rows, and of one new token a slot over a cache."""
 
-from kernels.attention.api import Implementation, packed_attention
+from kernels.attention.api import Implementation, packed_attention, prefill_attention
 from kernels.attention.cache import DenseCache, PagedCache
 from kernels.attention.decode import DecodeImplementation, decode_attention
 
-__all__ = ["DecodeImplementation", "DenseCache", "Implementation", "PagedCache", "decode_attention", "packed_attention"]
+__all__ = [
+  "DecodeImplementation",
+  "DenseCache",
+  "Implementation",
+  "PagedCache",
+  "decode_attention",
+  "packed_attention",
+  "prefill_attention",
+]

@@ -15,19 +15,21 @@ import numpy as np
 
 from configs.schema import Enum, require
 from kernels.attention import splash, xla_blocked
-from kernels.attention.reference import packed_attention_reference
+from kernels.attention.reference import packed_attention_reference, packed_attention_strips
 from kernels.attention.segments import PADDING
 from kernels.choice import choose
 
 
 class Implementation(Enum):
   REFERENCE = "reference"  # all scores at once: tests, and short rows
+  XLA_STRIPS = "xla_strips"  # all scores of some queries at once, up to the diagonal: a prefill on a CPU
   XLA_BLOCKED = "xla_blocked"  # block by block in XLA: CPU and GPU
   SPLASH = "splash"  # JAX's Pallas kernels: TPU; elsewhere interpreted, for tests
 
 
 # Up to here all scores of a row are few, and computing them at once is at least as fast (measured, docs/kernels.md).
 SHORT_ROW = 128
+LONGEST_STRIP = 1024  # beyond, the scores of a strip leave the cache
 
 
 def packed_attention(
@@ -73,9 +75,22 @@ def packed_attention(
   q, k, v = (jnp.where(valid_BxTx1x1, x, 0) for x in (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd))
   if chosen is Implementation.REFERENCE:
     out_BxTxHxd = packed_attention_reference(q, k, v, segment_ids_BxT)
+  elif chosen is Implementation.XLA_STRIPS:
+    out_BxTxHxd = packed_attention_strips(q, k, v, segment_ids_BxT)
   else:
     out_BxTxHxd = _differentiable(q, k, v, segment_ids_BxT, chosen)
   return jnp.where(valid_BxTx1x1, out_BxTxHxd, 0)
+
+
+def prefill_attention(
+  q_BxTxHxd: jax.Array, k_BxTxKxd: jax.Array, v_BxTxKxd: jax.Array, segment_ids_BxT: jax.Array
+) -> jax.Array:
+  """The same for rows of one segment each, of which no gradient is asked: on a CPU in strips, elsewhere as above."""
+  if not SHORT_ROW < q_BxTxHxd.shape[1] <= LONGEST_STRIP:
+    return packed_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT)
+  strips = functools.partial(packed_attention, implementation=Implementation.XLA_STRIPS)
+  arguments = q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT
+  return jax.lax.platform_dependent(*arguments, cpu=strips, default=packed_attention)
 
 
 def _check(q, k, v, segment_ids) -> None:

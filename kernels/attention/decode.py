@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from configs.schema import Enum, require
 from kernels.attention.cache import DenseCache, PagedCache
+from kernels.attention.dense_blocks import decode_dense_blocks
 from kernels.attention.ragged_paged import decode_ragged_paged, fits
 from kernels.choice import choose
 
 
 class DecodeImplementation(Enum):
-  XLA = "xla"  # dense: all positions at once; pages: one of every slot after the other, to the end of the longest
+  XLA = "xla"  # dense: all positions at once, on a CPU in blocks; pages: one of every slot after the other, to the longest's end
   RAGGED_PAGED = "ragged_paged"  # JAX's Pallas kernel over pages: TPU only
 
 
@@ -54,7 +55,8 @@ def decode_attention(
       chosen is not DecodeImplementation.RAGGED_PAGED,
       "decode_attention: implementation='ragged_paged' reads pages, this cache is dense",
     )
-    return _decode_dense(q_BxHxd, cache, lengths_B, layer)
+    arguments = q_BxHxd, cache, lengths_B, layer
+    return jax.lax.platform_dependent(*arguments, cpu=decode_dense_blocks, default=_decode_dense)
   takes = fits(q_BxHxd, cache.pages_LxPxNxCxd)
   require(
     takes or chosen is not DecodeImplementation.RAGGED_PAGED,

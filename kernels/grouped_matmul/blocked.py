@@ -119,6 +119,58 @@ def forward(lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array) 
   return _for_groups(group_sizes_E, out_MxN, group)
 
 
+def widened(x: jax.Array) -> jax.Array:
+  """bfloat16 as float32, which is how a CPU multiplies it anyway; other types as they are.
+
+  A plain cast of a weight, or a slice of it in bfloat16, does not depend on the step, so XLA casts the whole stack before
+  the loop over steps.  It does not see through this one, which is the same number.
+
+  Args:
+    x: floating point, or the bits of bfloat16 as uint16.
+  """
+  if x.dtype == jnp.bfloat16:
+    x = lax.bitcast_convert_type(x, jnp.uint16)
+  return x if x.dtype != jnp.uint16 else lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
+
+
+def gated_experts(
+  rows_MxD: jax.Array, gate_up_LxExDxG: jax.Array, down_LxExFxD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array
+) -> jax.Array:
+  """down(silu(gate row) * up row) by each row's own expert, out_MxD; see the api.
+
+  An expert's matrices are cut out of the stack of all layers just before they are used.  (Cut out for a whole layer
+  first, as a scan over layers does, they are a copy of all its experts, and that was most of a decode step.)
+  """
+  num_rows, num_groups = rows_MxD.shape[0], down_LxExFxD.shape[1]
+  out_MxD = jnp.zeros_like(rows_MxD)
+  if num_rows == 0 or num_groups == 0:
+    return out_MxD
+  sizes = block_sizes(num_rows, num_groups)
+  if down_LxExFxD.dtype == jnp.bfloat16:
+    gate_up_LxExDxG, down_LxExFxD = (lax.bitcast_convert_type(x, jnp.uint16) for x in (gate_up_LxExDxG, down_LxExFxD))
+
+  def matrix(stack_LxExKxN: jax.Array, e: jax.Array) -> jax.Array:
+    zero = jnp.zeros((), e.dtype)
+    place = layer.astype(e.dtype), e, zero, zero
+    return widened(lax.dynamic_slice(stack_LxExKxN, place, (1, 1, *stack_LxExKxN.shape[2:]))[0, 0])
+
+  def group(e: jax.Array, start: jax.Array, count: jax.Array, out_MxD: jax.Array) -> jax.Array:
+    gate_up_DxG, down_FxD = matrix(gate_up_LxExDxG, e), matrix(down_LxExFxD, e)
+
+    def block(size: int, first: jax.Array, ragged: bool, out_MxD: jax.Array) -> jax.Array:
+      place, own_Bx1 = _place(first, start + count, size, num_rows) if ragged else (first, None)
+      hidden_BxG = _dot(widened(_rows(rows_MxD, place, size)), gate_up_DxG, (1, 0)).astype(out_MxD.dtype)
+      gate_BxF, up_BxF = jnp.split(hidden_BxG, 2, axis=-1)
+      out_BxD = _dot(widened(jax.nn.silu(gate_BxF) * up_BxF), down_FxD, (1, 0)).astype(out_MxD.dtype)
+      if ragged:
+        out_BxD = jnp.where(own_Bx1, out_BxD, _rows(out_MxD, place, size))
+      return lax.dynamic_update_slice_in_dim(out_MxD, out_BxD, place, 0)
+
+    return _for_blocks(sizes, start, count, out_MxD, block)
+
+  return _for_groups(group_sizes_E, out_MxD, group)
+
+
 def backward(
   lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array, dout_MxN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -27,34 +27,51 @@ _ENVIRONMENT = {
 
 
 def main() -> None:
+  replies = take_stdout()
+  try:
+    versions, device = import_vllm()
+  except ImportError as error:
+    send(replies, {"error": f"{sys.executable} has no usable vLLM ({error})"})
+    return
+  send(replies, {"versions": versions, "device": device})
+  for line in sys.stdin:
+    request = json.loads(line)
+    try:
+      send(replies, _serve(request, device))
+    except Exception as error:  # the parent decides; the engine's own log is on standard error
+      send(replies, {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"})
+
+
+def take_stdout() -> TextIO:
+  """Standard output for replies alone: what anybody else prints goes to standard error."""
   replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
   os.dup2(2, 1)
+  return replies
+
+
+def import_vllm() -> tuple[dict[str, str], str]:
+  """Imports vLLM, set up to run in this process; returns (versions, "cpu" or "cuda").
+
+  Raises:
+    ImportError: there is none, or it does not work.
+  """
   os.environ.update(_ENVIRONMENT)
   # By path, because vLLM looks at a model's class in a process of its own.
   hidden = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hidden")
   sys.path.insert(0, hidden)
   os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [hidden, os.environ.get("PYTHONPATH")]))
-  try:
-    import torch
+  import torch
 
-    if not torch.cuda.is_available():  # what vLLM would compile on a CPU takes longer to compile than to run
-      os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    import vllm
-    from vllm.platforms import current_platform
-  except ImportError as error:
-    _send(replies, {"error": f"{sys.executable} has no usable vLLM ({error})"})
-    return
-  device = "cpu" if current_platform.is_cpu() else "cuda"
-  _send(replies, {"versions": {"vllm": vllm.__version__, "torch": torch.__version__}, "device": device})
-  for line in sys.stdin:
-    request = json.loads(line)
-    try:
-      _send(replies, _serve(request, device))
-    except Exception as error:  # the parent decides; the engine's own log is on standard error
-      _send(replies, {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"})
+  if not torch.cuda.is_available():  # what vLLM would compile on a CPU takes longer to compile than to run
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+  import vllm
+  from vllm.platforms import current_platform
+
+  versions = {"vllm": vllm.__version__, "torch": torch.__version__}
+  return versions, "cpu" if current_platform.is_cpu() else "cuda"
 
 
-def _send(replies: TextIO, message: dict[str, Any]) -> None:
+def send(replies: TextIO, message: dict[str, Any]) -> None:
   replies.write(json.dumps(message) + "\n")
   replies.flush()
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs.schema import ModelConfig
-from kernels.attention import DenseCache, PagedCache, decode_attention, packed_attention
+from kernels.attention import DenseCache, PagedCache, decode_attention, packed_attention, prefill_attention
 from ring_jax.model.layers import RMSNorm, normal, rotate, weight
 from sharding import rules
 
@@ -69,12 +69,16 @@ class Attention(nnx.Module):
     return jnp.einsum("bthd,hdD->btD", out_BxTxHxd, wo_HxdxD, out_sharding=whole)
 
   def __call__(
-    self, x_BxTxD: jax.Array, rotary, segment_ids_BxT: jax.Array
+    self, x_BxTxD: jax.Array, rotary, segment_ids_BxT: jax.Array, prefill: bool = False
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns (output [B, T, D], (k [B, K, d, T], v [B, K, T, d]))."""
+    """Returns (output [B, T, D], (k [B, K, d, T], v [B, K, T, d])).
+
+    Args:
+      prefill: rows are of one segment each, and no gradient is asked for.
+    """
     q_BxTxHxd, k_BxTxKxd, v_BxTxKxd = self._project(x_BxTxD, rotary)
     attend = rules.manual(
-      packed_attention,
+      prefill_attention if prefill else packed_attention,
       self.config.parallel.rules,
       (("batch", None, "heads", None), *[("batch", None, "kv_heads", None)] * 2, ("batch", None)),
       ("batch", None, "heads", None),

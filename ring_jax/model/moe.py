@@ -10,12 +10,14 @@ travel along `expert`, and the parts that the devices along `tensor` computed ar
 Dimension key: N tokens, K experts a token, M rows, D hidden, E experts (e: this device's), F expert width.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from configs.schema import ModelConfig
-from kernels.grouped_matmul import grouped_matmul
+from kernels.grouped_matmul import gated_experts, grouped_matmul
 from ring_jax.model.exchange import Pairs, exchange
 from ring_jax.model.layers import MLP, logical_axes, normal
 from ring_jax.model.router import route
@@ -49,35 +51,44 @@ class MoE(nnx.Module):
     if config.num_shared_experts:
       self.shared = MLP(config, config.moe_intermediate_size * config.num_shared_experts, rngs)
 
-  def __call__(self, x_BxTxD: jax.Array, valid_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (output [B, T, D], tokens each expert got [E], int32, padding not counted)."""
+  def __call__(
+    self, x_BxTxD: jax.Array, valid_BxT: jax.Array, index: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns (output [B, T, D], tokens each expert got [E], int32, padding not counted).
+
+    Args:
+      index: None, or the layer whose experts are meant where the module holds those of all layers (a decode step).
+    """
     weights, axes = nnx.to_pure_dict(nnx.state(self)), logical_axes(nnx.state(self))
     layer = rules.manual(
-      lambda weights, x, valid: _layer(self.config, weights, axes, x, valid),
+      lambda *arguments: _layer(self.config, axes, *arguments),
       self.config.parallel.rules,
-      (axes, ("batch", None, None), ("batch", None)),
+      (axes, ("batch", None, None), ("batch", None), ()),
       (("batch", None, None), (None,)),
     )
-    return layer(weights, x_BxTxD, valid_BxT)
+    return layer(weights, x_BxTxD, valid_BxT, index)
 
 
-def _layer(config: ModelConfig, weights, axes, x_BxTxD: jax.Array, valid_BxT: jax.Array):
+def _layer(config: ModelConfig, axes, weights, x_BxTxD: jax.Array, valid_BxT: jax.Array, index: jax.Array | None):
   """One device's part: its tokens, its experts."""
   B, T, D = x_BxTxD.shape
   dtype, parallel = x_BxTxD.dtype, config.parallel
   router = jax.tree.map(lambda w, a: _whole(config, w, a), weights["router"], axes["router"])
-  rest = {name: weights[name] for name in weights if name != "router"}
-  rest = jax.tree.map(lambda w, a: _whole(config, w.astype(dtype), a), rest, {name: axes[name] for name in rest})
+  whole = lambda name: jax.tree.map(lambda w, a: _whole(config, w.astype(dtype), a), weights[name], axes[name])  # noqa: E731
+  shared = whole("shared") if "shared" in weights else None
+  if index is None:
+    experts = functools.partial(_experts, whole("experts"))
+  else:
+    experts = functools.partial(_stacked_experts, config, weights["experts"], axes["experts"], index)
 
   def tokens(x_NxD: jax.Array, valid_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     routing = route(x_NxD, router["kernel"], router["bias"], config)
     ids_NxK = jnp.where(valid_N[:, None], routing.ids_NxK, config.num_experts)
     counts_E = (ids_NxK[..., None] == jnp.arange(config.num_experts)).sum(axis=(0, 1), dtype=jnp.int32)
     pairs = Pairs(x_NxD, ids_NxK, routing.weights_NxK)
-    out_NxD = exchange(pairs, config.num_experts, lambda *rows: _experts(rest["experts"], *rows), parallel)
-    out_NxD = out_NxD.astype(dtype)
-    if "shared" in rest:
-      out_NxD = out_NxD + _gated(rest["shared"], x_NxD)
+    out_NxD = exchange(pairs, config.num_experts, experts, parallel).astype(dtype)
+    if shared is not None:
+      out_NxD = out_NxD + _gated(shared, x_NxD)
     return out_NxD, counts_E
 
   out_NxD, counts_E = _in_chunks(tokens, parallel.moe_chunk, x_BxTxD.reshape(-1, D), valid_BxT.reshape(-1))
@@ -97,6 +108,16 @@ def _experts(weights, rows_MxD: jax.Array, sizes_e: jax.Array) -> jax.Array:
   gate_up_exDxF2 = weights["gate_up"].reshape(*weights["gate_up"].shape[:2], -1)
   gate_MxF, up_MxF = jnp.split(grouped_matmul(rows_MxD, gate_up_exDxF2, sizes_e), 2, axis=-1)
   return grouped_matmul(jax.nn.silu(gate_MxF) * up_MxF, weights["down"], sizes_e)
+
+
+def _stacked_experts(config: ModelConfig, weights, axes, index: jax.Array, rows_MxD: jax.Array, sizes_e: jax.Array):
+  """The same, with the experts of all layers.  Only what must be joined or cast is cut out of the stack first."""
+  if rules.axis_size(config.parallel.rules.expert_embed) > 1 or weights["down"].dtype != rows_MxD.dtype:
+    one = lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False).astype(rows_MxD.dtype)  # noqa: E731
+    weights = jax.tree.map(lambda stack, a: _whole(config, one(stack), a[1:])[None], weights, axes)
+    index = jnp.zeros_like(index)
+  gate_up_LxexDxF2 = weights["gate_up"].reshape(*weights["gate_up"].shape[:3], -1)
+  return gated_experts(rows_MxD, gate_up_LxexDxF2, weights["down"], sizes_e, index)
 
 
 def _gated(weights, x_NxD: jax.Array) -> jax.Array:

@@ -58,24 +58,25 @@ class Block(nnx.Module):
     else:
       self.mlp = MLP(config, config.intermediate_size, rngs)
 
-  def _feed_forward(self, x_BxTxD, valid_BxT):
+  def _feed_forward(self, x_BxTxD, valid_BxT, index=None):
     with jax.named_scope("feed_forward"):
       if hasattr(self, "moe"):
-        out_BxTxD, counts_E = self.moe(self.post_norm(x_BxTxD), valid_BxT)
+        out_BxTxD, counts_E = self.moe(self.post_norm(x_BxTxD), valid_BxT, index)
       else:
         out_BxTxD, counts_E = self.mlp(self.post_norm(x_BxTxD)), None
       return x_BxTxD + out_BxTxD, counts_E
 
-  def __call__(self, x_BxTxD, rotary, segment_ids_BxT):
+  def __call__(self, x_BxTxD, rotary, segment_ids_BxT, prefill=False):
     with jax.named_scope("attention"):
-      out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, segment_ids_BxT)
+      out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, segment_ids_BxT, prefill)
     x_BxTxD, counts_E = self._feed_forward(x_BxTxD + out_BxTxD, segment_ids_BxT > 0)
     return x_BxTxD, counts_E, kv
 
-  def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer):
+  def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer, index):
+    """`layer` of all, whose cache it is; `index` of its kind, whose experts it has."""
     with jax.named_scope("attention"):
       out_Bx1xD, cache = self.attention.decode(self.input_norm(x_Bx1xD), rotary, positions_B, active_B, cache, layer)
-    x_Bx1xD, _ = self._feed_forward(x_Bx1xD + out_Bx1xD, active_B[:, None])
+    x_Bx1xD, _ = self._feed_forward(x_Bx1xD + out_Bx1xD, active_B[:, None], index)
     return x_Bx1xD, cache
 
 
@@ -159,7 +160,7 @@ class RingModel(nnx.Module):
 
       def layer(x, params, graph=graph):
         x = checkpoint_name(x, _INPUT)
-        x, counts_E, kv = nnx.merge(graph, params)(x, rotary, segment_ids_BxT)
+        x, counts_E, kv = nnx.merge(graph, params)(x, rotary, segment_ids_BxT, return_kv)
         return x, (counts_E, kv if return_kv else None)
 
       if self.config.remat is not Remat.NONE:
@@ -185,15 +186,17 @@ class RingModel(nnx.Module):
     carry = (self.embed(tokens_B[:, None]), cache)
     first = 0
     for stack in self._stacks():
-      graph, stacked = nnx.split(stack)
+      # A scan would copy a layer's experts, of which a step needs few.
+      graph, experts, scanned = nnx.split(stack, lambda path, _: "experts" in path, ...)
 
-      def layer(carry, scanned, graph=graph):
+      def layer(carry, scanned, graph=graph, experts=experts, first=first):
         params, index = scanned
-        return nnx.merge(graph, params).decode(carry[0], rotary, positions_B, active_B, carry[1], index), None
+        block = nnx.merge(graph, experts, params)
+        return block.decode(carry[0], rotary, positions_B, active_B, carry[1], first + index, index), None
 
-      depth = jax.tree.leaves(stacked)[0].shape[0]
+      depth = jax.tree.leaves(scanned)[0].shape[0]
       # The cache is carried, not scanned over: as a carry it is updated in place.
-      carry, _ = jax.lax.scan(layer, carry, (stacked, jnp.arange(first, first + depth)))
+      carry, _ = jax.lax.scan(layer, carry, (scanned, jnp.arange(depth)))
       first += depth
     x_Bx1xD, cache = carry
     return self.final_norm(x_Bx1xD)[:, 0], cache

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from configs.schema import ConfigError
-from kernels.attention import Implementation, packed_attention, splash
+from kernels.attention import Implementation, packed_attention, prefill_attention, splash
 from kernels.attention.api import SHORT_ROW
 from kernels.attention.segments import blocks_needed
 from sharding.topology import Topology
@@ -340,3 +340,12 @@ def test_errors(change, message):
   segments = jnp.ones(change.get("segments", (1, 8)), jnp.int32)
   with pytest.raises(ConfigError if "implementation=" in message else ValueError, match=message):
     packed_attention(q, k, v, segments, implementation=change.get("implementation"))
+
+
+@pytest.mark.parametrize("length", [SHORT_ROW, SHORT_ROW + 3, 2 * SHORT_ROW])
+def test_prefill_is_the_definition(length):
+  """Strips that divide the row and strips that do not; prompts shorter than their row."""
+  q, k, v, _ = arrays(2, length, HEADS["grouped"])
+  segments = (np.arange(length) < np.array([[length], [length // 3]])).astype(np.int32)
+  got = jax.jit(prefill_attention)(q, k, v, jnp.asarray(segments))
+  np.testing.assert_allclose(got, loop(q, k, v, segments), atol=2e-6)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.schema import ConfigError
-from kernels.attention import DenseCache, PagedCache, decode_attention, packed_attention
+from kernels.attention import DenseCache, PagedCache, decode_attention, dense_blocks, packed_attention
 from kernels.attention.ragged_paged import fits
 from sharding.topology import Topology
 
@@ -280,3 +280,13 @@ def test_errors():
     decode_attention(filled.q, filled.dense, filled.lengths, layer=0, page_table_BxW=filled.table)
   with pytest.raises(ValueError, match="multiple of 2"):
     decode_attention(filled.q[:, :3], filled.dense, filled.lengths, layer=0)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 8)])
+def test_dense_blocks_of_slots_and_positions(heads, monkeypatch):
+  """Groups of 4 of 6 slots, blocks of 16 of 40 positions: the last of both move back, and count nothing twice."""
+  filled = filled_with(heads)
+  monkeypatch.setattr(dense_blocks, "_POSITIONS", 16)
+  monkeypatch.setattr(dense_blocks, "_GROUP_BYTES", 4 * 16 * heads[1] * heads[2] * 4)
+  got = jax.jit(dense_blocks.decode_dense_blocks)(filled.q, filled.dense, filled.lengths, jnp.int32(1))
+  np.testing.assert_allclose(got, loop(filled, 1), atol=2e-6)

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from configs.schema import ConfigError
-from kernels.grouped_matmul import Implementation, grouped_matmul, megablox
-from kernels.grouped_matmul.blocked import block_sizes, padded_rows
+from kernels.grouped_matmul import Implementation, gated_experts, grouped_matmul, megablox
+from kernels.grouped_matmul.blocked import block_sizes, padded_rows, widened
 from sharding.topology import Topology
 
 # name: rows, group sizes.  Blocks are (256, 64) from 128 rows a group on, else one of 4 to 32.
@@ -348,3 +348,33 @@ def test_errors(change, message):
   } | change
   with pytest.raises(ConfigError if "implementation=" in message else ValueError, match=message):
     grouped_matmul(**arguments)
+
+
+@pytest.mark.parametrize("layout", ["ragged", "rows beyond the last group", "all rows beyond", "decode", "no rows"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gated_experts_are_the_chosen_layer_s(layout, dtype):
+  """Against the definition on the same, already rounded numbers; rows of no expert are zero."""
+  rows, sizes = LAYOUTS[layout]
+  layers, F = 3, 20
+  keys = jax.random.split(jax.random.key(1), 3)
+  x = jax.random.normal(keys[0], (rows, K), dtype)
+  gate_up = jax.random.normal(keys[1], (layers, len(sizes), K, 2 * F), dtype)
+  down = jax.random.normal(keys[2], (layers, len(sizes), F, K), dtype)
+  got = jax.jit(gated_experts)(x, gate_up, down, jnp.asarray(sizes, jnp.int32), 2)
+  assert got.dtype == dtype and got.shape == x.shape
+  want, start = np.zeros(x.shape), 0
+  for e, size in enumerate(sizes):
+    mine = slice(start, start + size)
+    hidden = np.asarray(x[mine], np.float64) @ np.asarray(gate_up[2, e], np.float64)
+    gate, up = np.split(hidden, 2, axis=1)
+    want[mine] = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(down[2, e], np.float64)
+    start += size
+  tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+  assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
+  assert not np.asarray(got[start:], np.float32).any()
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.390625, float("inf"), -float("inf"), 1e-40, 3e38])
+def test_widened_is_the_same_number(value):
+  x = jnp.asarray([value], jnp.bfloat16)
+  np.testing.assert_array_equal(widened(x).view(jnp.int32), np.asarray(x).astype(np.float32).view(np.int32))

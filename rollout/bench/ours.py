@@ -1,0 +1,69 @@
+"""ring-jax's side of the bench: `RingEngine` through prefill_batch, insert_batch and decode.
+
+Dimension key: N steps, B slots.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from configs.schema import ModelConfig, RolloutConfig, RolloutDtype
+from ring_jax.model import Params
+from rollout.engine import Insertion, RingEngine
+
+PREFILL_TOKENS = 2048  # of one dispatch, where there are as many prompts
+
+
+class Ours:
+  """One engine of `slots` slots.
+
+  Args:
+    length: prompt and answer together, at most.
+    prompt: tokens of a prompt; how many are prefilled together depends on it.
+    steps: of a dispatch.
+    clock: in seconds.
+  """
+
+  def __init__(
+    self,
+    model: ModelConfig,
+    params: Params,
+    dtype: RolloutDtype,
+    *,
+    slots: int,
+    prompt: int,
+    length: int,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
+    self._clock = clock
+    self._config = RolloutConfig(
+      token_budget=1, slots=slots, group_size=1, dtype=dtype, max_prompt_tokens=prompt, max_tokens=length - prompt,
+      prefill_batch=max(1, min(slots, PREFILL_TOKENS // prompt)), steps_per_dispatch=steps,
+    )  # fmt: skip
+    # No end token: all engines draw the same number.
+    self._engine = RingEngine(model, self._config, eos_ids=(), vocab_mask_V=np.ones(model.vocab_size, bool), seed=0)
+    self._stored = self._engine.load_params(params)
+    self._state = self._engine.init_decode_state()
+
+  def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, np.ndarray, np.ndarray]:
+    """(seconds until the host has all of it, tokens [N, B], log-probs [N, B])."""
+    started = self._clock()
+    size = self._config.prefill_batch
+    for first in range(0, len(prompts), size):
+      chunk = prompts[first : first + size]
+      prefix = self._engine.prefill_batch(self._stored, chunk)
+      insertions = [Insertion(row, first + row, first + row, tokens) for row in range(len(chunk))]
+      self._state = self._engine.insert_batch(prefix, self._state, insertions)
+    drawn: list[Any] = []
+    for first in range(0, tokens, self._config.steps_per_dispatch):
+      steps = min(self._config.steps_per_dispatch, tokens - first)
+      self._state, out = self._engine.decode(self._stored, self._state, steps)
+      drawn.append(jax.device_get(out))
+    seconds = self._clock() - started
+    if not all(out.valid_NxB[:, : len(prompts)].all() for out in drawn):
+      raise RuntimeError("a slot fell silent before its last token")
+    return seconds, *(np.concatenate([getattr(out, name) for out in drawn]) for name in ("token_NxB", "logp_NxB"))
