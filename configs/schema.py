@@ -16,12 +16,16 @@ from configs import placement as placing
 from configs.base import ConfigError, Enum, coerce_enum, require, to_dict
 from configs.model import ModelConfig, Remat, YarnConfig
 from configs.objective import (
+  OBJECTIVES,
   Advantage,
   Aggregate,
   Calibration,
   Denominator,
   IcePopConfig,
+  Masking,
+  OldPolicy,
   PPOConfig,
+  RatioLevel,
   Reward,
   TokenWeight,
 )
@@ -32,6 +36,7 @@ from configs.rollout import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, Ro
 from configs.task import AnswerFormat, ChatTemplate, TaskConfig, TaskSource, TokenizerConfig
 
 __all__ = [
+  "OBJECTIVES",
   "Advantage",
   "Aggregate",
   "AnswerFormat",
@@ -46,9 +51,11 @@ __all__ = [
   "ExpertParallel",
   "IcePopConfig",
   "KVPolicy",
+  "Masking",
   "Memory",
   "MeshConfig",
   "ModelConfig",
+  "OldPolicy",
   "OnPurge",
   "OptimizerConfig",
   "PPOConfig",
@@ -56,6 +63,7 @@ __all__ = [
   "ParallelConfig",
   "PlacementConfig",
   "RLConfig",
+  "RatioLevel",
   "Remat",
   "RetentionCounts",
   "Reward",
@@ -140,6 +148,10 @@ class RLConfig:
     require(
       self.stream == 0 or self.minibatches == 1,
       f"rl.stream={self.stream} contradicts rl.minibatches={self.minibatches}: what ends first is trained on first",
+    )
+    require(
+      self.advantage is not Advantage.GAE or self.objective.level is RatioLevel.TOKEN,
+      "rl.objective.level=sequence contradicts rl.advantage=gae: one ratio a sequence needs one advantage a sequence",
     )
     require(0 <= self.staleness <= 1, f"rl.staleness={self.staleness}: 0, or 1 for one step off-policy")
     require(self.eval_every >= 0, f"rl.eval_every={self.eval_every}: must be at least 0")

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from configs.schema import IcePopConfig, ParallelConfig, RunConfig
+from configs.schema import IcePopConfig, ParallelConfig, RatioLevel, RunConfig
 from kernels.icepop import policy_loss
 from kernels.linear_logprob import linear_logprob
 from ring_jax.model import Params, forward, is_router_bias, updated_bias
@@ -150,11 +150,13 @@ class Programs:
     def loss_of(params):
       out = forward(self._model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
       flat = jax.tree.map(self._rows, fields)
+      by_sequence = objective.level is RatioLevel.SEQUENCE
       loss, metrics = policy_loss(
         *self._head(params, out.hidden_BxTxD), self._rows(batch.targets_RxT),
         None if only_minibatch else flat.logp_old_RxT, flat.logp_infer_RxT,
         flat.advantages_RxT, flat.mask_RxT, objective, temperature=self._config.rollout.temperature,
         vocab_mask=self._mask_V, weights=flat.weights_RxT, logp_ref_N=flat.logp_ref_RxT,
+        segment_ids=self._rows(sequence_numbers(batch.segments_RxT)) if by_sequence else None,
       )  # fmt: skip
       return loss, (out.expert_counts_LxE, (metrics["logp"].reshape(shape), metrics["entropy"].reshape(shape)))
 
@@ -180,6 +182,12 @@ class Programs:
       return updated_bias(leaf, counts_LxE, rate) if stacked else leaf
 
     return jax.tree_util.tree_map_with_path(move, params)
+
+
+def sequence_numbers(segments_RxT: jax.Array | np.ndarray) -> jax.Array:
+  """int32 [R, T], from 0 to R * T: no two sequences of the microbatch share one; padding has its neighbours'."""
+  R, T = segments_RxT.shape
+  return jnp.arange(R)[:, None] * T + jnp.maximum(segments_RxT - 1, 0)
 
 
 def _weighted_sum(weights_N: jax.Array, logp_N: jax.Array) -> jax.Array:

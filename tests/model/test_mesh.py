@@ -9,7 +9,16 @@ import optax
 import pytest
 
 from configs.ring_tiny import get_config
-from configs.schema import ConfigError, ExpertParallel, MeshConfig, PackingConfig, ParallelConfig, Remat, ShardingRules
+from configs.schema import (
+  OBJECTIVES,
+  ConfigError,
+  ExpertParallel,
+  MeshConfig,
+  PackingConfig,
+  ParallelConfig,
+  Remat,
+  ShardingRules,
+)
 from ring_jax import model as ring_model
 from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.programs import Programs, RLFields, Tokens
@@ -108,6 +117,21 @@ def test_a_training_step_is_that_of_one_device(name, params, batch, alone):
     assert whole <= 1e-6 and worst <= 5e-6, (whole, worst)
   for ours, theirs in zip(got[2:], alone[2:], strict=True):
     assert distance(ours, theirs)[0] <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["data fsdp tensor"])
+def test_sequence_ratios_do_not_see_the_mesh(name, params, batch):
+  """GSPO's sums over sequences, whose rows lie on different devices."""
+  parallel, objective = MESHES[name], dataclasses.replace(OBJECTIVES["gspo"], clip_low=0.05, clip_high=0.05)
+  tokens, fields = batch
+  found = []
+  for config, mesh in ((run_config(), None), (run_config(parallel), make_mesh(parallel.mesh))):
+    programs = Programs(config, MASK, {}, mesh)
+    placed = jax.device_put(params, None if mesh is None else ring_model.param_shardings(config.model, mesh))
+    sums, _ = programs.rl_gradients(placed, None, tokens, fields, objective, False)
+    found.append(jax.device_get(sums))
+  assert abs(found[1].loss - found[0].loss) <= 1e-6 * abs(found[0].loss)
+  assert distance(found[1].params, found[0].params)[0] <= 1e-6
 
 
 def decoded(parallel, params, mesh=None, dtype="float32"):
