@@ -235,6 +235,11 @@ class RunConfig:
       f" model.max_position_embeddings={self.model.max_position_embeddings}",
     )
     require(
+      not self.rollout.router_replay or self.model.num_moe_layers > 0,
+      f"rollout.router_replay=true: the model has no MoE layers (model.first_k_dense_replace="
+      f"{self.model.first_k_dense_replace}, num_hidden_layers={self.model.num_hidden_layers})",
+    )
+    require(
       self.rollout.max_len <= self.packing.length,
       f"packing.length={self.packing.length}: a rollout of rollout.max_prompt_tokens + rollout.max_tokens ="
       f" {self.rollout.max_len} tokens would not fit in a row",

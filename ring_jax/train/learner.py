@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from configs.schema import Advantage, Denominator, OldPolicy, PackingConfig, RLConfig, Role
+from configs.schema import Advantage, Denominator, ModelConfig, OldPolicy, PackingConfig, RLConfig, Role
 from ring_jax.rl.metrics import step_metrics
-from ring_jax.train.batches import Minibatch, deal, minibatch, model_tokens, rl_fields
+from ring_jax.train.batches import Minibatch, deal, minibatch, rl_fields
 from ring_jax.train.experience import Experience, Spans, by_critic, relative
 from ring_jax.train.roles import Roles, Weights
 from ring_jax.train.scalar_batches import value_batches
@@ -42,13 +42,23 @@ class Learner:
 
   Args:
     name: of the phase: its optimizer's.
+    replayed: the actor, if it is to route tokens as the engine did; None: it routes them itself.
 
   `tally` is of the step that was begun last.
   """
 
-  def __init__(self, name: str, phase: RLConfig, packing: PackingConfig, seed: int, roles: Roles, turns: Turns):
+  def __init__(
+    self,
+    name: str,
+    phase: RLConfig,
+    packing: PackingConfig,
+    seed: int,
+    roles: Roles,
+    turns: Turns,
+    replayed: ModelConfig | None = None,
+  ):
     self._name, self._phase, self._packing, self._seed = name, phase, packing, seed
-    self._roles, self._turns = roles, turns
+    self._roles, self._turns, self._replayed = roles, turns, replayed
     self._by_critic = phase.advantage is Advantage.GAE
     self._kl_reward = self._by_critic and phase.ppo.kl_coef > 0
 
@@ -102,7 +112,7 @@ class Learner:
     unread = objective.old is OldPolicy.ENGINE or (alone and objective.denominator is Denominator.ALL)
     if unread and not self._kl_reward:
       return None
-    return [fetch(self._roles.actor.logprobs(weights.actor, model_tokens(batch))) for batch in part.microbatches]
+    return [fetch(self._roles.actor.logprobs(weights.actor, tokens)) for tokens in part.tokens(self._replayed)]
 
   def _update(self, weights: Weights, batch: Minibatch, experience: Experience, logp_old, span: Spans) -> None:
     def actor() -> None:
@@ -122,8 +132,8 @@ class Learner:
     sequences = batch.spread(range(tally.sequences, tally.sequences + len(batch.rollouts)))
     tally.sequences += len(batch.rollouts)
     every = rl_fields(batch, pick(experience.advantages), logp_old, objective, logp_ref)
-    for one, fields, sequences_RxT in zip(batch.microbatches, every, sequences, strict=True):
-      sums, out = programs.rl_gradients(weights.actor, sums, model_tokens(one), fields, objective, logp_old is None)
+    for tokens, fields, sequences_RxT in zip(batch.tokens(self._replayed), every, sequences, strict=True):
+      sums, out = programs.rl_gradients(weights.actor, sums, tokens, fields, objective, logp_old is None)
       logp_RxT, entropy_RxT = fetch(out)
       inside = fields.mask_RxT > 0
       used.append(logp_RxT if logp_old is None else fields.logp_old_RxT)
