@@ -125,29 +125,31 @@ def test_replay_brings_the_trainer_nearer_to_a_rounded_engine(params, dtype):
 
 
 def test_gradient_of_a_replayed_microbatch_is_that_of_finite_differences(params):
-  """With experts of another model: what the trainer would choose itself has no part in it."""
+  """With random experts: what the trainer would choose itself has no part in it, but for the tokens without a record."""
   config, own = programs()
-  rollouts = generated(params, dtype="int8")[:8]
-  rng = np.random.default_rng(5)
-  for rollout in rollouts:
-    picks = [[rng.permutation(16)[:K] for _ in range(LAYERS)] for _ in rollout.tokens]
-    rollout.experts = replay.encode(np.array(picks, np.uint8))
-    rollout.experts[0] = b""
-  (part,) = rl_minibatches(rollouts, PackingConfig(length=40, rows=8))
+  rng, rollouts = np.random.default_rng(5), []
+  for uid in range(6):
+    size = int(rng.integers(3, 12))
+    ids = lambda count: rng.integers(8, 60, count).tolist()  # noqa: E731
+    rollout = Rollout(uid, 0, 0, ids(rng.integers(1, 7)), ids(size), [-3.0] * size, [0] * size)
+    picks = [[rng.permutation(16)[:K] for _ in range(LAYERS)] for _ in range(size)]
+    rollout.experts = [b"", *replay.encode(np.array(picks, np.uint8))[1:]]
+    rollouts.append(rollout)
+  (part,) = rl_minibatches(rollouts, PACKING)
   (tokens,), objective = part.tokens(MODEL), dataclasses.replace(config.rl.objective, masking="none", weight="one")
   (fields,) = rl_fields(part, rng.normal(size=len(rollouts)), None, objective)
+  direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
+  direction["moe_layers"]["moe"]["router"]["bias"] *= 0
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), params)
     model = dataclasses.replace(MODEL, dtype="float64")
     loss = jax.jit(lambda p: _expected_gain(model, p, tokens, fields))
-    direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape) * (leaf.ndim > 1), wide)
-    # Only what is not replayed could jump, and the step is small.
-    ends = [loss(jax.tree.map(lambda p, d, s=s: p + s * d, wide, direction)) for s in (1e-6, -1e-6)]
-    numeric = (ends[0] - ends[1]) / 2e-6
+    ends = [loss(jax.tree.map(lambda p, d, s=s: p + s * d, wide, direction)) for s in (3e-5, -3e-5)]
+    numeric = (ends[0] - ends[1]) / 6e-5
   sums, _ = own.rl_gradients(params, None, tokens, fields, objective, True)
   # -sum w A r at r = 1 has the gradient of -sum w A logp.
   along = sum(np.vdot(g, d) for g, d in zip(jax.tree.leaves(sums.params), jax.tree.leaves(direction), strict=True))
-  assert along == pytest.approx(-float(numeric), rel=1e-4)
+  assert along == pytest.approx(-float(numeric), rel=5e-4)
   router = sums.params["moe_layers"]["moe"]["router"]
   assert np.any(router["kernel"]) and not np.any(router["bias"])
 
