@@ -20,7 +20,10 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from configs.schema import ConfigError, Enum, ModelConfig, RunConfig, to_dict
+from configs.schema import OBJECTIVES, ConfigError, Enum, IcePopConfig, ModelConfig, RunConfig, to_dict
+
+# Configs that the command line may call by name.
+_NAMED: Mapping[type, Mapping[str, Any]] = {IcePopConfig: OBJECTIVES}
 
 
 def load(path: str | pathlib.Path) -> RunConfig:
@@ -50,7 +53,7 @@ def override(config: RunConfig, overrides: Mapping[str, str]) -> RunConfig:
 
   Args:
     overrides: dotted path (tuples by index, mappings by key) -> text.  A path that ends at a tuple, a mapping or a
-      dataclass takes JSON.
+      dataclass takes JSON, or a name where such configs have names (`OBJECTIVES`).
 
   Raises:
     ConfigError: an unknown field (with the nearest names), text that the field's type refuses, or an invalid result.
@@ -195,6 +198,8 @@ def _from_text(kind: Any, text: str, path: str) -> Any:
     return _json_or_text(text)
   if kind is str or (isinstance(kind, type) and issubclass(kind, Enum)):
     return _from_json(kind, text, path)
+  if text in _NAMED.get(kind, {}):
+    return _NAMED[kind][text]
   try:
     if kind is int or kind is float:
       return kind(text)
@@ -265,6 +270,8 @@ def _json_or_text(text: str) -> Any:
 def _wants(kind: Any) -> str:
   if isinstance(kind, type) and issubclass(kind, Enum):
     return "one of " + ", ".join(member.value for member in kind)
+  if kind in _NAMED:
+    return f"one of {', '.join(_NAMED[kind])}, or a JSON object of {kind.__name__}'s fields"
   if dataclasses.is_dataclass(kind):
     return f"a JSON object of {kind.__name__}'s fields"
   if typing.get_origin(kind) is tuple:

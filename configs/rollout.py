@@ -74,6 +74,7 @@ class RolloutConfig:
   top_p: float = 1.0
   top_k: int = 0  # 0: off
   event_log: bool = True  # every decision into the workdir's events.jsonl, to be replayed and looked at
+  router_replay: bool = False  # the engine records each token's experts, and the actor trains on them (R3)
   parallel: ParallelConfig | None = None  # of the engine; None: as the trainer's (model.parallel)
 
   def __post_init__(self):

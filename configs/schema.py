@@ -16,12 +16,16 @@ from configs import placement as placing
 from configs.base import ConfigError, Enum, coerce_enum, require, to_dict
 from configs.model import ModelConfig, Remat, YarnConfig
 from configs.objective import (
+  OBJECTIVES,
   Advantage,
   Aggregate,
   Calibration,
   Denominator,
   IcePopConfig,
+  Masking,
+  OldPolicy,
   PPOConfig,
+  RatioLevel,
   Reward,
   TokenWeight,
 )
@@ -32,6 +36,7 @@ from configs.rollout import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, Ro
 from configs.task import AnswerFormat, ChatTemplate, TaskConfig, TaskSource, TokenizerConfig
 
 __all__ = [
+  "OBJECTIVES",
   "Advantage",
   "Aggregate",
   "AnswerFormat",
@@ -46,9 +51,11 @@ __all__ = [
   "ExpertParallel",
   "IcePopConfig",
   "KVPolicy",
+  "Masking",
   "Memory",
   "MeshConfig",
   "ModelConfig",
+  "OldPolicy",
   "OnPurge",
   "OptimizerConfig",
   "PPOConfig",
@@ -56,6 +63,7 @@ __all__ = [
   "ParallelConfig",
   "PlacementConfig",
   "RLConfig",
+  "RatioLevel",
   "Remat",
   "RetentionCounts",
   "Reward",
@@ -141,6 +149,10 @@ class RLConfig:
       self.stream == 0 or self.minibatches == 1,
       f"rl.stream={self.stream} contradicts rl.minibatches={self.minibatches}: what ends first is trained on first",
     )
+    require(
+      self.advantage is not Advantage.GAE or self.objective.level is RatioLevel.TOKEN,
+      "rl.objective.level=sequence contradicts rl.advantage=gae: one ratio a sequence needs one advantage a sequence",
+    )
     require(0 <= self.staleness <= 1, f"rl.staleness={self.staleness}: 0, or 1 for one step off-policy")
     require(self.eval_every >= 0, f"rl.eval_every={self.eval_every}: must be at least 0")
     require(self.eval_problems > 0 and self.eval_samples > 0, "rl: eval_problems and eval_samples must be > 0")
@@ -221,6 +233,11 @@ class RunConfig:
       self.rollout.max_len <= self.model.max_position_embeddings,
       f"rollout.max_prompt_tokens + rollout.max_tokens = {self.rollout.max_len}: more than"
       f" model.max_position_embeddings={self.model.max_position_embeddings}",
+    )
+    require(
+      not self.rollout.router_replay or self.model.num_moe_layers > 0,
+      f"rollout.router_replay=true: the model has no MoE layers (model.first_k_dense_replace="
+      f"{self.model.first_k_dense_replace}, num_hidden_layers={self.model.num_hidden_layers})",
     )
     require(
       self.rollout.max_len <= self.packing.length,

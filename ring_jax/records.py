@@ -3,6 +3,7 @@
 Plain data: no JAX, no arrays.  Everything here turns into JSON and back without loss.
 """
 
+import base64
 import dataclasses
 import itertools
 import pathlib
@@ -36,6 +37,8 @@ class Rollout:
   tokens: list[int] = dataclasses.field(default_factory=list)  # sampled so far
   logps: list[float] = dataclasses.field(default_factory=list)  # one a token, of the distribution it was drawn from
   versions: list[int] = dataclasses.field(default_factory=list)  # one a token: the weights that sampled it
+  # One a token: the experts that predicted it, see `ring_jax.rl.replay`; empty bytes where nobody knows.  No entries: not recorded.
+  experts: list[bytes] = dataclasses.field(default_factory=list)
   finish_reason: FinishReason | None = None  # None while unfinished
   reward: float | None = None  # None until scored
   retention: int = 0  # iterations it has survived unfinished
@@ -49,15 +52,18 @@ class Rollout:
     """Tokens sampled so far."""
     return len(self.tokens)
 
-  def extend(self, tokens: Sequence[int], logps: Sequence[float], version: int) -> None:
-    """Appends what the weights `version` sampled."""
+  def extend(self, tokens: Sequence[int], logps: Sequence[float], version: int, experts: Sequence[bytes] = ()) -> None:
+    """Appends what the weights `version` sampled; experts: one entry a token, or none at all."""
+    if experts or self.experts:
+      self.experts.extend([b""] * (len(self.tokens) - len(self.experts)))
+      self.experts.extend(experts or [b""] * len(tokens))
     self.tokens.extend(tokens)
     self.logps.extend(logps)
     self.versions.extend(itertools.repeat(version, len(tokens)))
 
   def restart(self) -> None:
     """Back to the prompt."""
-    self.tokens, self.logps, self.versions = [], [], []
+    self.tokens, self.logps, self.versions, self.experts = [], [], [], []
 
   def staleness(self, version: int) -> tuple[int, int]:
     """Versions that have passed at `version` since each token was sampled: their sum, and the most; needs a token."""
@@ -67,6 +73,7 @@ class Rollout:
     """Plain data that shares nothing with the record."""
     data = {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
     data["finish_reason"] = None if self.finish_reason is None else self.finish_reason.value
+    data["experts"] = [base64.b64encode(entry).decode() for entry in self.experts]
     return data
 
   @classmethod
@@ -74,4 +81,5 @@ class Rollout:
     data = dict(data)
     if data["finish_reason"] is not None:
       data["finish_reason"] = FinishReason(data["finish_reason"])
+    data["experts"] = [base64.b64decode(entry) for entry in data.get("experts", [])]
     return cls(**data)

@@ -147,7 +147,7 @@ class RolloutDriver:
     scheduler = self._scheduler
     events = self._worker.advance([self._job(slot, rollout) for slot, rollout in placed])
     for drawn in events.drawn:
-      scheduler.record(drawn.uid, drawn.tokens, drawn.logps, drawn.version)
+      scheduler.record(drawn.uid, drawn.tokens, drawn.logps, drawn.version, drawn.experts)
       clock.tokens += len(drawn.tokens)
       if drawn.reason is not None:
         scheduler.finish(drawn.uid, drawn.reason)

@@ -10,7 +10,8 @@ So a token is drawn wholly from the weights that the step was given, and that ve
 Weights are arguments of every call (decision 5); they come packed by `rollout.weights`.  `prefill`, `insert` and
 `generate` are JetStream's methods and do the same for one prompt, one slot and one step.
 
-Dimension key: B slots, P prompts of one prefill, T positions of a bucket, I insertions, N steps, V vocabulary.
+Dimension key: B slots, P prompts of one prefill, T positions of a bucket, I insertions, N steps, V vocabulary, L MoE layers,
+K experts a token.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from configs.schema import ModelConfig, RolloutConfig
 from kernels.attention import DenseCache, PagedCache
 from ring_jax import model as ring_model
 from ring_jax.model import KVCache
+from ring_jax.rl.replay import ids_dtype
 from rollout import weights
 from rollout.jetstream_compat import engine_api, tokenizer_pb2
 from rollout.sampling import SamplingParams, sample
@@ -70,6 +72,7 @@ class Decoded(NamedTuple):
   token_NxB: jax.Array  # int32
   logp_NxB: jax.Array  # float32
   valid_NxB: jax.Array  # bool
+  experts_NxBxLxK: jax.Array | None  # of the position that the token was predicted at; None: not recorded
 
 
 class Programs(NamedTuple):
@@ -365,12 +368,12 @@ class RingEngine(engine_api.Engine):
     return state._replace(remaining_B=jnp.where(running_B, state.remaining_B, 0))
 
   def _decode_fn(self, stored, state: DecodeState, steps: int) -> tuple[DecodeState, Decoded]:
-    params = weights.unpack(stored, self.model.dtype)
+    params, records = weights.unpack(stored, self.model.dtype), self.config.router_replay
 
     def step(state: DecodeState, _):
       active_B = state.remaining_B > 0
-      hidden_BxD, cache = ring_model.decode_step(
-        self.model, params, state.token_B, state.position_B, active_B, state.cache
+      hidden_BxD, cache, *experts = ring_model.decode_step(
+        self.model, params, state.token_B, state.position_B, active_B, state.cache, return_experts=records
       )
       token_B, logp_B = sample(
         hidden_BxD, params["lm_head"]["kernel"], self._mask_V, state.sampling, state.uid_B, state.position_B + 1,
@@ -385,11 +388,12 @@ class RingEngine(engine_api.Engine):
         remaining_B=jnp.where(active_B & ~ended_B, state.remaining_B - 1, 0),
         generated_B=state.generated_B + moved,
       )
-      return state, Decoded(token_B, logp_B, active_B)
+      experts_BxLxK = experts[0].transpose(1, 0, 2).astype(ids_dtype(self.model.num_experts)) if records else None
+      return state, Decoded(token_B, logp_B, active_B, experts_BxLxK)
 
     state, drawn = jax.lax.scan(step, state, length=steps)
     # Whole on every device, so that any process can read it.
-    return state, jax.tree.map(lambda x_NxB: rules.reshard(x_NxB, self._rules, None, None), drawn)
+    return state, jax.tree.map(lambda x: rules.reshard(x, self._rules, *[None] * x.ndim), drawn)
 
 
 def _inserted(cache: KVCache, prefix: Prefix, row_I: jax.Array, slot_I: jax.Array, slots: int) -> KVCache:

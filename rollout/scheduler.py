@@ -195,12 +195,16 @@ class C3POScheduler:
         placed.append((slot, self._pool[uid]))
     return placed
 
-  def record(self, uid: int, tokens: Sequence[int], logps: Sequence[float], version: int) -> None:
-    """Appends tokens that the weights `version` sampled, with their log-probs."""
+  def record(
+    self, uid: int, tokens: Sequence[int], logps: Sequence[float], version: int, experts: Sequence[bytes] = ()
+  ) -> None:
+    """Appends tokens that the weights `version` sampled, with their log-probs, and their experts where those are recorded."""
     rollout = self._require_running("record", uid)
     if len(tokens) != len(logps):
       raise SchedulerError(f"record: rollout {uid} got {len(tokens)} tokens but {len(logps)} log-probs")
-    rollout.extend(tokens, logps, version)
+    if experts and len(experts) != len(tokens):
+      raise SchedulerError(f"record: rollout {uid} got {len(tokens)} tokens but the experts of {len(experts)}")
+    rollout.extend(tokens, logps, version, experts)
     self._counts.generated += len(tokens)
     if self._config.budget_counts is BudgetCounts.GENERATED:
       self._counted += len(tokens)

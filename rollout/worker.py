@@ -20,6 +20,7 @@ import jax
 
 from configs.schema import KVPolicy
 from ring_jax.records import FinishReason
+from ring_jax.rl.replay import encode
 from rollout.engine import DecodeState, Insertion, RingEngine, Sampling
 from sharding import memory
 
@@ -44,6 +45,7 @@ class Drawn(NamedTuple):
   logps: list[float]
   version: int  # of the weights
   reason: FinishReason | None  # STOP, LENGTH or CACHE: the slot is free again
+  experts: Sequence[bytes] = ()  # one a token (`ring_jax.rl.replay`); empty: they are not recorded
 
 
 @dataclasses.dataclass
@@ -217,7 +219,7 @@ class EngineWorker:
     if not self._running:
       return []
     self._state, drawn = self.engine.decode(self._params, self._state, self.engine.config.steps_per_dispatch)
-    token_NxB, logp_NxB, valid_NxB = jax.device_get(drawn)
+    token_NxB, logp_NxB, valid_NxB, experts_NxBxLxK = jax.device_get(drawn)
     counts_B = valid_NxB.sum(axis=0)
     found = []
     for slot in sorted(self._running):
@@ -225,7 +227,9 @@ class EngineWorker:
       tokens = token_NxB[:count, slot].tolist()
       running.drawn.extend(tokens)
       reason = self._ended(running)
-      found.append(Drawn(slot, running.job.uid, tokens, logp_NxB[:count, slot].tolist(), self._version, reason))
+      logps = logp_NxB[:count, slot].tolist()
+      experts = () if experts_NxBxLxK is None else encode(experts_NxBxLxK[:count, slot])
+      found.append(Drawn(slot, running.job.uid, tokens, logps, self._version, reason, experts))
       if reason is not None:
         del self._running[slot]
     return found

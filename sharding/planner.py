@@ -24,7 +24,7 @@ from typing import Protocol
 
 from configs import placement as placing
 from configs.base import ConfigError, Enum
-from configs.objective import Advantage, Denominator, Reward
+from configs.objective import Advantage, Denominator, OldPolicy, Reward
 from configs.optimizer import Memory
 from configs.placement import Role, Strategy, Switching
 from configs.schema import RLConfig, RunConfig
@@ -169,7 +169,9 @@ def switched(config: RunConfig, phase: str) -> tuple[Role, ...]:
 def needs_logp(rl: RLConfig) -> bool:
   """Whether log-probs at theta_old are a pass of their own; else the gradient pass gives them."""
   in_reward = rl.advantage is Advantage.GAE and rl.ppo.kl_coef > 0
-  return in_reward or rl.minibatches > 1 or rl.objective.denominator is Denominator.KEPT
+  objective = rl.objective
+  read = objective.old is OldPolicy.RECOMPUTED and (rl.minibatches > 1 or objective.denominator is Denominator.KEPT)
+  return in_reward or read
 
 
 def meets(seats: placing.Seats, one: Role, other: Role) -> bool:

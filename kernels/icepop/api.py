@@ -1,4 +1,4 @@
-"""The IcePop objective (Ring-1T, section 2.3.2; papers.md 1.4).
+"""The IcePop objective (Ring-1T, section 2.3.2; papers.md 1.4), and those it is compared with.
 
     J(theta) = 1/G sum_i 1/|y_i| sum_t [ M(k_it) min(r_it A_it, clip(r_it, 1 - clip_low, 1 + clip_high) A_it)
                                          - kl_coef KL_it ]                                              (equation 1)
@@ -8,23 +8,30 @@
     r_it = pi_train(theta) / pi_train(theta_old)    the same engine at two weights: where the gradient flows
 
 The loss is -J.  A token outside the band adds nothing to the sum but, with denominator=all, still counts in |y_i|.
-The bounds are inclusive, and are compared with log k, as k itself carries the rounding error of exp.
-A token whose k or r is not a finite number gets weight 0 and is counted apart; no NaN reaches a result.
-The KL term is the estimate k3 = exp(d) - 1 - d with d = log pi_ref - log pi_theta; it is outside M, as printed.
+A token whose k or r is not a finite number gets weight 0 and is counted apart, whatever the objective; no NaN reaches a
+result.  The KL term is the estimate k3 = exp(d) - 1 - d with d = log pi_ref - log pi_theta; it is outside M, as printed.
 
 Two policies instead of three: calibration=theta_over_infer compares the policy being trained with the one that sampled.
 logp_old=None says that the minibatch is the only one of its batch: theta_old = theta, so r is 1 and has a gradient.
 
+What the other objectives change:
+
+    M(k)    masking: another rule for what M leaves out, or none (calibration.py)
+            weight:  truncated is min(k, truncation) (TIS, Yao et al. 2025), one is 1
+    r_it    old=engine:      pi_train(theta) / pi_infer; k is then 1
+            level=sequence:  s_i = exp(mean_t log r_it), the same at every token of y_i, with a gradient to all of them
+                             (GSPO, arXiv 2507.18071v2, equations 5 to 7).  The mean is over the tokens that M keeps,
+                             so that a token left out gets no gradient this way either
+
 Dimension key: B rows, T positions, N tokens, H hidden width, V vocabulary.
 """
-
-import math
 
 import jax
 import jax.numpy as jnp
 
-from configs.schema import Calibration, ConfigError, Denominator, IcePopConfig, TokenWeight
-from kernels.icepop.weights import token_weights
+from configs.schema import Calibration, ConfigError, Denominator, IcePopConfig, OldPolicy, RatioLevel, TokenWeight
+from kernels.icepop.calibration import verdict
+from kernels.icepop.weights import sequence_mean, token_weights
 from kernels.linear_logprob import Implementation, Partition, linear_logprob
 
 Metrics = dict[str, jax.Array]
@@ -46,14 +53,15 @@ def icepop_loss(
 
   Args:
     logp: log-probabilities under theta, [B, T] or [N] floating point, as all arrays here.
-    logp_old: under theta_old by the training engine; None: theta_old is theta.
+    logp_old: under theta_old by the training engine; None: theta_old is theta.  Not read with old=engine.
     logp_infer: by the engine that sampled the token.
     advantages: one a token.
     mask: bool or 0/1; True: a token to train on.  Whatever stands elsewhere, NaN included, has no influence.
     config: the objective.
     weights: what each token's loss is multiplied by, already normalised (see `sequence_weight`), for a minibatch that
       is spread over several calls.  None: this call is a whole minibatch, see `token_weights`.
-    segment_ids: which tokens are one sequence, see `token_weights`.  None: a row is one.
+    segment_ids: which tokens are one sequence, see `token_weights`.  None: a row is one.  With level=sequence a call
+      must hold all tokens of a sequence.
     logp_ref: under the reference policy; needed if kl_coef > 0.
 
   Returns:
@@ -69,24 +77,22 @@ def icepop_loss(
   _check(logp, logp_old, logp_infer, advantages, mask, config, weights, segment_ids, logp_ref)
   mask = mask.astype(bool)
   fixed = jax.lax.stop_gradient(logp)
-  logp_old = fixed if logp_old is None else jax.lax.stop_gradient(logp_old)
+  logp_old = _old(fixed, logp_old, logp_infer, config)
   logp_train = logp_old if config.calibration is Calibration.OLD else fixed
-
-  log_k = jax.lax.stop_gradient(logp_train - logp_infer)
-  k = jnp.exp(log_k)
-  finite = jnp.isfinite(k) & jnp.isfinite(jnp.exp(fixed - logp_old))
-  low = finite & (log_k < _log(config.alpha))
-  high = finite & (log_k > _log(config.beta))
-  kept = mask & finite & ~low & ~high
+  judged = jax.lax.stop_gradient(verdict(fixed, logp_old, logp_train, logp_infer, config))
+  kept = mask & judged.kept
 
   # Replaced before any arithmetic that is differentiated: the gradient of a branch not taken must be finite as well.
-  r = jnp.exp(jnp.where(kept, logp - logp_old, 0.0))
+  log_r = jnp.where(kept, logp - logp_old, 0.0)
+  if config.level is RatioLevel.SEQUENCE:
+    log_r = sequence_mean(log_r, kept, segment_ids)
+  r = jnp.exp(log_r)
   advantages = jnp.where(kept, advantages, 0.0)
   clipped_high = kept & (advantages > 0) & (r > 1.0 + config.clip_high)
   clipped_low = kept & (advantages < 0) & (r < 1.0 - config.clip_low)
   bound = jnp.where(clipped_high, 1.0 + config.clip_high, 1.0 - config.clip_low)
   surrogate = jnp.where(clipped_high | clipped_low, bound, r) * advantages
-  m = jnp.where(kept, k if config.weight is TokenWeight.RATIO else 1.0, 0.0)
+  m = jnp.where(kept, _weight(judged.log_k, config), 0.0)
 
   if weights is None:
     counted = kept if config.denominator is Denominator.KEPT else None
@@ -103,9 +109,9 @@ def icepop_loss(
     "policy_loss": policy_loss_,
     "kl_loss": kl_loss,
     "tokens": count(mask),
-    "masked_low": count(mask & low),
-    "masked_high": count(mask & high),
-    "masked_nonfinite": count(mask & ~finite),
+    "masked_low": count(mask & judged.low),
+    "masked_high": count(mask & judged.high),
+    "masked_nonfinite": count(mask & judged.nonfinite),
     "clipped_low": count(clipped_low),
     "clipped_high": count(clipped_high),
     "kl_nonfinite": count(kl_nonfinite),
@@ -152,8 +158,20 @@ def policy_loss(
   return loss, metrics | {"entropy": entropy_N}
 
 
-def _log(bound: float) -> float:
-  return math.log(bound) if bound > 0 else -math.inf
+def _old(fixed: jax.Array, logp_old: jax.Array | None, logp_infer: jax.Array, config: IcePopConfig) -> jax.Array:
+  if config.old is OldPolicy.ENGINE:
+    return jax.lax.stop_gradient(logp_infer)
+  return fixed if logp_old is None else jax.lax.stop_gradient(logp_old)
+
+
+def _weight(log_k: jax.Array, config: IcePopConfig) -> jax.Array | float:
+  match config.weight:
+    case TokenWeight.RATIO:
+      return jnp.exp(log_k)
+    case TokenWeight.TRUNCATED:
+      return jnp.minimum(jnp.exp(log_k), config.truncation)
+    case TokenWeight.ONE:
+      return 1.0
 
 
 def _kl(logp: jax.Array, logp_ref: jax.Array | None, mask: jax.Array) -> tuple[jax.Array, jax.Array]:

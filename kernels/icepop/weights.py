@@ -14,6 +14,7 @@ Dimension key: B rows, T positions, N tokens.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from configs.schema import Aggregate, ConfigError, IcePopConfig
 
@@ -85,13 +86,54 @@ def _sequence_mean(inside: jax.Array, counted: jax.Array, segment_ids: jax.Array
     has_tokens_B = jnp.any(inside, axis=1)
     length_Bx1 = jnp.count_nonzero(counted, axis=1)[:, None]
     return 1.0 / (jnp.maximum(jnp.count_nonzero(has_tokens_B), 1) * jnp.maximum(length_Bx1, 1))
-  inside_BxT, counted_BxT, ids_BxT = (jnp.atleast_2d(x) for x in (inside, counted, segment_ids))
-  rows, ids_per_row = ids_BxT.shape[0], ids_BxT.shape[1] + 1
-  sequence_P = (jnp.arange(rows)[:, None] * ids_per_row + ids_BxT).reshape(-1)
+  inside_BxT, counted_BxT = (jnp.atleast_2d(x) for x in (inside, counted))
+  sequence_P, ids = sequence_index(segment_ids)
 
   def per_sequence(x_BxT: jax.Array) -> jax.Array:
-    return jax.ops.segment_sum(x_BxT.reshape(-1).astype(jnp.int32), sequence_P, rows * ids_per_row)
+    return jax.ops.segment_sum(x_BxT.reshape(-1).astype(jnp.int32), sequence_P, ids)
 
   num_sequences = jnp.maximum(jnp.count_nonzero(per_sequence(inside_BxT)), 1)
   length_P = per_sequence(counted_BxT)[sequence_P]
   return (1.0 / (num_sequences * jnp.maximum(length_P, 1))).reshape(inside.shape)
+
+
+def sequence_index(segment_ids: jax.Array) -> tuple[jax.Array, int]:
+  """(a number [P] for every token, P of them, that only tokens of the same sequence share; a bound above them all)."""
+  ids_BxT = jnp.atleast_2d(segment_ids)
+  rows, ids_per_row = ids_BxT.shape[0], ids_BxT.shape[1] + 1
+  return (jnp.arange(rows)[:, None] * ids_per_row + ids_BxT).reshape(-1), rows * ids_per_row
+
+
+def sequence_mean(x: jax.Array, kept: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  """x averaged over the kept tokens of each sequence, at every token of it; 0 where none is kept.
+
+  Args:
+    x: [B, T] or [N], 0 where not kept.
+    segment_ids: as of `token_weights`.
+  """
+  if segment_ids is None:
+    if x.ndim != 2:
+      raise ConfigError("objective.level=sequence: arrays [N] need segment_ids, which say what a sequence is")
+    return jnp.broadcast_to(_mean(x.sum(axis=1), jnp.count_nonzero(kept, axis=1))[:, None], x.shape)
+  sequence_P, ids = sequence_index(_whole(segment_ids))
+  total, count = (jax.ops.segment_sum(_whole(a).reshape(-1).astype(x.dtype), sequence_P, ids) for a in (x, kept))
+  return _laid_out_as(x, _mean(total, count)[sequence_P].reshape(x.shape))
+
+
+def _whole(x: jax.Array) -> jax.Array:
+  """The same on every device of a mesh with explicit axes: a sum by index is one device's work, and these are numbers a
+  token."""
+  return jax.reshard(x, PartitionSpec()) if _explicit(x) else x
+
+
+def _laid_out_as(like: jax.Array, x: jax.Array) -> jax.Array:
+  return jax.reshard(x, jax.typeof(like).sharding.spec) if _explicit(like) else x
+
+
+def _explicit(x: jax.Array) -> bool:
+  mesh = jax.typeof(x).sharding.mesh
+  return not mesh.empty and bool(mesh.explicit_axes)
+
+
+def _mean(total: jax.Array, count: jax.Array) -> jax.Array:
+  return total / jnp.maximum(count, 1)

@@ -138,7 +138,7 @@ def sample_ours(config: ModelConfig, params: Params, dtype: RolloutDtype, quick:
   insertions = [Insertion(row=slot // 4, slot=slot, uid=slot, max_tokens=steps) for slot in range(slots)]
   state = engine.insert_batch(engine.prefill_batch(stored, prompts), engine.init_decode_state(), insertions)
   _, drawn = engine.decode(stored, state, steps)
-  token_NxB, logp_NxB, valid_NxB = jax.device_get(drawn)
+  token_NxB, logp_NxB, valid_NxB, _ = jax.device_get(drawn)
   answers = [token_NxB[valid_NxB[:, slot], slot].tolist() for slot in range(slots)]
   sequences = [prompts[slot // 4] + answer for slot, answer in enumerate(answers)]
   return Measured(

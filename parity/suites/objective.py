@@ -4,6 +4,9 @@ The JAX side is the trainer's own: `rl_minibatches`, `Programs` and `make_optimi
 `torch_twin.step.rl_step`, one sequence a row.  Both train on the same recorded rollouts, whose log-probs are the model's
 own under another engine's error: near for most tokens, out of the band for some.
 
+The objectives that IcePop is compared with are held against the twin's by themselves, on those log-probs, with the gradient
+of every token; only the full suite trains a model on each of them.
+
 Cross-entropy with the MTP layer's loss is compared as well, and without an MTP layer also with Glm4Moe.
 
 Dimension key: B rows, T positions.
@@ -20,7 +23,17 @@ import numpy as np
 import torch
 
 from configs import ring_tiny
-from configs.schema import Aggregate, Denominator, IcePopConfig, OptimizerConfig, PackingConfig, RunConfig
+from configs.schema import (
+  OBJECTIVES,
+  Aggregate,
+  Denominator,
+  IcePopConfig,
+  OldPolicy,
+  OptimizerConfig,
+  PackingConfig,
+  RunConfig,
+)
+from kernels.icepop import icepop_loss
 from parity import cases, glm4_moe
 from parity.cases import Case
 from parity.compare import Row, Suite, Tier, compare
@@ -66,7 +79,15 @@ FULL = (
   Objective("token mean, mask of ones", IcePopConfig(aggregate=Aggregate.TOKEN_MEAN, weight="one"), STEPS),
   Objective("token budget, two policies",
             IcePopConfig(aggregate=Aggregate.TOKEN_BUDGET, token_budget=300, calibration="theta_over_infer"), STEPS),
+  *(Objective(name, config, STEPS) for name, config in OBJECTIVES.items() if name != "icepop"),
 )  # fmt: skip
+# Beside those that have names: what they may be combined to.
+COMBINED = {
+  "band, truncated": IcePopConfig(weight="truncated", truncation=1.2, denominator=Denominator.KEPT),
+  "gspo on the band": dataclasses.replace(OBJECTIVES["icepop"], level="sequence", clip_low=0.02, clip_high=0.03),
+  "gspo on the engine": dataclasses.replace(OBJECTIVES["gspo"], old="engine", aggregate=Aggregate.TOKEN_MEAN),
+  "kpop, kept tokens": dataclasses.replace(OBJECTIVES["kpop"], weight="one", denominator=Denominator.KEPT),
+}
 
 
 def record_rollouts(case: Case, logp_of, seed: int = 0, count: int = 12) -> list[Rollout]:
@@ -148,6 +169,7 @@ class Training:
     for version in range(STEPS // rl.minibatches):
       minibatches = rl_minibatches(self.rollouts, PACKING, rl.minibatches, (self.run.seed, version))
       alone = len(minibatches) == 1 and rl.objective.denominator is Denominator.ALL
+      alone |= rl.objective.old is OldPolicy.ENGINE
       old = [
         None if alone else [jax.device_get(self.programs.logprobs(params, model_tokens(b))) for b in part.microbatches]
         for part in minibatches
@@ -196,11 +218,57 @@ class Training:
     later = slice(1, None)
     return [*rows, self._compare("later objectives", "losses", later), self._compare("later norms", "norms", later)]
 
+  def variant_rows(self) -> list[Row]:
+    """Loss and gradient of every token, of all objectives, from these rollouts' log-probs."""
+    (part,) = rl_minibatches(self.rollouts, PACKING)
+    old = step.answer_logps(self.twin, self.rollouts, self.scorer)
+    random = np.random.default_rng(self.case.seed)
+    theta = [logp + random.normal(0, 0.15, len(logp)).astype(np.float32) for logp in old]
+    rows = []
+    for name, config in (OBJECTIVES | COMBINED).items():
+      sides = (_jax_objective, _torch_objective)
+      got, expected = (side(part, theta, old, self.advantages, config) for side in sides)
+      for title, index in (("loss", 0), ("gradient of log-probs", 1)):
+        case = f"{self.name}, {name}"
+        scale = {"scale": float(np.abs(expected[1]).max())} if index == 0 else {}
+        rows.append(compare(title, got[index], expected[index], tolerance=LOSS, case=case, **scale))
+    return rows
+
   def _compare(self, title: str, name: str, which: slice, **extra: Any) -> Row:
     # An objective is a sum of terms the size of an advantage, which may cancel: to nearly nothing on policy.
     scale = {"scale": float(np.mean(np.abs(self.advantages)))} if name == "losses" else {}
     got, expected = self.jax[name][which], self.torch[name][which]
     return compare(title, got, expected, tolerance=LOSS, case=self.name, **scale, **extra)
+
+
+def _jax_objective(part, theta, old, advantages, config: IcePopConfig) -> tuple[float, np.ndarray]:
+  """(loss, gradients of all answers one after the other), from packed microbatches."""
+  fields = rl_fields(part, advantages, part.spread(old), config)
+  loss, gradients = 0.0, []
+  for batch, one, theta_RxT in zip(part.microbatches, fields, part.spread(theta), strict=True):
+
+    def loss_of(logp_RxT, batch=batch, one=one):
+      return icepop_loss(
+        logp_RxT, one.logp_old_RxT, one.logp_infer_RxT, one.advantages_RxT, one.mask_RxT, config,
+        weights=one.weights_RxT, segment_ids=batch.segment_ids,
+      )[0]  # fmt: skip
+
+    value, gradient = jax.value_and_grad(loss_of)(jax.numpy.asarray(theta_RxT))
+    loss += float(value)
+    gradients.append(np.asarray(gradient))
+  return loss, np.concatenate(part.gather(gradients))
+
+
+def _torch_objective(part, theta, old, advantages, config: IcePopConfig) -> tuple[float, np.ndarray]:
+  """The same by the twin, one sequence a row."""
+  batch = step.sequences_of(part.rollouts)
+  logp, logp_old = batch.spread(theta).requires_grad_(), batch.spread(old)
+  infer = batch.spread([rollout.logps for rollout in part.rollouts])
+  counted = objective.counted_tokens(batch.mask, logp_old, infer, config)
+  weights_ = objective.weights_of(counted, len(part.rollouts), int(counted.sum()), config)
+  loss = objective.icepop(logp, logp_old, infer, batch.spread(advantages), batch.mask, weights_, config).loss
+  loss.backward()
+  return loss.item(), np.concatenate(batch.gather(logp.grad))
 
 
 class _Recording(step.TwinOptimizer):
@@ -318,7 +386,8 @@ def run(quick: bool = True, build: Build = weights.build) -> Suite:
     trainings = [Training(case, variant, build) for case in chosen for variant in FULL]
   entropies = [CrossEntropy(case, build) for case in (chosen[1:] if quick else chosen)]
   proves = "advantages and the IcePop loss are the same"
-  tiers = [_tier("objective", proves, JAX_TWIN, (training.objective_rows for training in trainings))]
+  objective_rows = [trainings[0].variant_rows, *(training.objective_rows for training in trainings)]
+  tiers = [_tier("objective", proves, JAX_TWIN, objective_rows)]
   proves = "the gradient of every parameter is the same"
   entropy_rows = [functools.partial(entropy.rows, JAX_TWIN) for entropy in entropies]
   tiers.append(_tier("gradients", proves, JAX_TWIN, (*entropy_rows, *(item.gradient_rows for item in trainings))))

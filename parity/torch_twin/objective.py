@@ -5,6 +5,10 @@
     k = pi_train(theta_old) / pi_infer      a constant
     r = pi_train(theta) / pi_train(theta_old)
 
+and the objectives that IcePop is compared with: TIS (M = min(k, C)), GRPO (M = 1), GRPO with the engine as the old policy
+(r = pi_train(theta) / pi_infer), GSPO (r the geometric mean over a sequence), KPop (M = k where neither direction of the
+binary KL exceeds a bound); docs/objective.md has their sources.
+
 Arrays are [S, T]: one sequence a row, and a mask of the tokens to train on.  Written from the equations, apart from
 `kernels.icepop`.
 
@@ -18,7 +22,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configs.schema import Advantage, Aggregate, Calibration, Denominator, IcePopConfig, TokenWeight
+from configs.schema import (
+  Advantage,
+  Aggregate,
+  Calibration,
+  Denominator,
+  IcePopConfig,
+  Masking,
+  OldPolicy,
+  RatioLevel,
+  TokenWeight,
+)
 from parity.torch_twin.model import RingTwin
 
 
@@ -29,7 +43,7 @@ class Scores(NamedTuple):
 
 class Loss(NamedTuple):
   loss: torch.Tensor  # to minimise
-  kept: torch.Tensor  # bool [S, T]: tokens of the mask inside the band
+  kept: torch.Tensor  # bool [S, T]: tokens of the mask that are not left out
 
 
 def token_scores(
@@ -56,15 +70,30 @@ def advantages_of(rewards: Sequence[float], groups: Sequence[int], kind: Advanta
   return out_R.astype(np.float32)
 
 
-def inside_band(logp: torch.Tensor, logp_old: torch.Tensor, logp_infer: torch.Tensor, config: IcePopConfig):
-  """(k, bool: alpha <= k <= beta): both without gradient.  A k or r that is no finite number is outside."""
+def judged(logp: torch.Tensor, logp_old: torch.Tensor, logp_infer: torch.Tensor, config: IcePopConfig):
+  """(k, bool: not left out): both without gradient.  A token whose k or r is no finite number is left out."""
   with torch.no_grad():
     train = logp_old if config.calibration is Calibration.OLD else logp
     log_k = train - logp_infer
-    low = math.log(config.alpha) if config.alpha > 0 else -math.inf
-    high = math.log(config.beta) if config.beta > 0 else -math.inf
     finite = log_k.exp().isfinite() & (logp - logp_old).exp().isfinite()
-    return log_k.exp(), finite & (log_k >= low) & (log_k <= high)
+    match config.masking:
+      case Masking.BAND:
+        low = math.log(config.alpha) if config.alpha > 0 else -math.inf
+        high = math.log(config.beta) if config.beta > 0 else -math.inf
+        inside = (log_k >= low) & (log_k <= high)
+      case Masking.BINARY_KL:
+        both = torch.maximum(_binary_kl(train, logp_infer), _binary_kl(logp_infer, train))
+        inside = both <= config.max_binary_kl
+      case Masking.NONE:
+        inside = torch.ones_like(finite)
+    return log_k.exp(), finite & inside
+
+
+def _binary_kl(logp: torch.Tensor, logq: torch.Tensor) -> torch.Tensor:
+  """KL of "this token, or another one"; 1 - p is known to 1e-6 only, the rounding error of a log-probability."""
+  logp, logq = logp.double(), logq.double()
+  rest = [(1 - x.clamp(max=0).exp()).clamp(min=1e-6) for x in (logp, logq)]
+  return logp.clamp(max=0).exp() * (logp - logq) + rest[0] * (rest[0] / rest[1]).log()
 
 
 def weights_of(counted: torch.Tensor, num_sequences: int, num_tokens: int, config: IcePopConfig) -> torch.Tensor:
@@ -86,10 +115,10 @@ def weights_of(counted: torch.Tensor, num_sequences: int, num_tokens: int, confi
 
 
 def counted_tokens(mask, logp_old, logp_infer, config: IcePopConfig) -> torch.Tensor:
-  """bool [S, T]: all tokens of the mask, or (denominator=kept) those inside the band."""
+  """bool [S, T]: all tokens of the mask, or (denominator=kept) those that are not left out."""
   if config.denominator is Denominator.ALL:
     return mask
-  return mask & inside_band(logp_old, logp_old, logp_infer, config)[1]
+  return mask & judged(logp_old, logp_old, logp_infer, config)[1]
 
 
 def icepop(
@@ -109,13 +138,25 @@ def icepop(
   """
   if config.kl_coef > 0 and logp_ref is None:
     raise ValueError(f"objective.kl_coef={config.kl_coef}: needs the reference policy's log-probabilities")
-  k, inside = inside_band(logp, logp_old, logp_infer, config)
+  if config.old is OldPolicy.ENGINE:
+    logp_old = logp_infer
+  k, inside = judged(logp, logp_old, logp_infer, config)
   kept = mask & inside
   # What is left out is replaced before exp: 0 times infinity would be NaN in the backward pass.
-  r = torch.where(kept, logp - logp_old.detach(), 0.0).exp()
+  log_r = torch.where(kept, logp - logp_old.detach(), 0.0)
+  if config.level is RatioLevel.SEQUENCE:
+    log_r = (log_r.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_r)
+  r = log_r.exp()
   gain = torch.where(kept, advantages.expand_as(logp), 0.0)
   surrogate = torch.minimum(r * gain, r.clamp(1 - config.clip_low, 1 + config.clip_high) * gain)
-  m = torch.where(kept, k if config.weight is TokenWeight.RATIO else torch.ones_like(k), 0.0)
+  match config.weight:
+    case TokenWeight.RATIO:
+      weight = k
+    case TokenWeight.TRUNCATED:
+      weight = k.clamp(max=config.truncation)
+    case TokenWeight.ONE:
+      weight = torch.ones_like(k)
+  m = torch.where(kept, weight, 0.0)
   objective = m * surrogate
   if config.kl_coef > 0:
     difference = logp_ref.detach() - logp

@@ -124,7 +124,7 @@ class StepReport:
   losses: list[float]
   norms: list[float]  # of gradients, before clipping
   logp: list[np.ndarray]  # of each rollout's answer, at theta_old
-  kept: list[np.ndarray]  # bool: answer tokens inside the band when they were trained on
+  kept: list[np.ndarray]  # bool: answer tokens that were not left out when they were trained on
 
 
 def rl_step(
@@ -225,7 +225,7 @@ def actor_gradients(
     totals: of the whole minibatch: gradients and losses of its parts add up.
 
   Returns:
-    The loss, and for each rollout which tokens of its answer were inside the band.
+    The loss, and for each rollout which tokens of its answer were not left out.
   """
   device, total, kept = next(model.parameters()).device, 0.0, []
   for chosen in batched(lessons, scorer.rows):

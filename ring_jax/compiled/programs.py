@@ -67,7 +67,10 @@ def _train_step(config: RunConfig, devices: Sequence[Any]) -> Iterator[Unit]:
   floats = jax.ShapeDtypeStruct(shape, jnp.float32)
   objective = config.rl.objective
   fields = RLFields(*[floats] * 5, floats if objective.kl_coef > 0 else None)
-  batch = Tokens(*[ints] * len(Tokens._fields))
+  model, experts = config.model, None
+  if config.rollout.router_replay:
+    experts = jax.ShapeDtypeStruct((model.num_moe_layers, *shape, model.num_experts_per_tok), jnp.int16)
+  batch = Tokens(*[ints] * 4, experts)
   arguments = (params, None, batch, fields, objective, config.rl.minibatches == 1)
   yield Unit(
     "gradients", programs.rl_gradients.lower(*arguments), {"parameters": params, "batch": (batch, fields)},

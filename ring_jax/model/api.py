@@ -5,7 +5,8 @@
                                mlp.{gate, up, down}  or  moe.{router.{kernel, bias}, experts.{gate_up, down}, shared}
     mtp:                       enorm, hnorm, eh_proj, block (one MoE layer, not stacked), final_norm
 
-A part whose count is 0 is absent.  Dimension key: B rows or slots, T positions, D hidden, V vocabulary.
+A part whose count is 0 is absent.  Dimension key: B rows or slots, T positions, D hidden, L MoE layers, K experts a token,
+V vocabulary.
 """
 
 import dataclasses
@@ -94,7 +95,9 @@ def forward(
   positions_BxT: jax.Array | None = None,
   segment_ids_BxT: jax.Array | None = None,
   *,
+  experts_LxBxTxK: jax.Array | None = None,
   return_kv: bool = False,
+  return_experts: bool = False,
   mtp: bool = True,
 ) -> ForwardOutput:
   """Runs the model on rows of packed sequences.
@@ -103,21 +106,35 @@ def forward(
     tokens_BxT: int token ids.
     positions_BxT: positions within each sequence; default: 0, 1, ... along the row.
     segment_ids_BxT: which sequence of its row a token belongs to; 0 is padding.  Default: one sequence a row.
+    experts_LxBxTxK: integers: the experts that each token takes in each MoE layer (not the MTP layer's), instead of its
+      own choice; below 0: its own.
     return_kv: also return keys and values of all layers (a prefill).
+    return_experts: also return each token's experts in each MoE layer.
     mtp: whether to run the MTP layer where the model has one.
   """
   if positions_BxT is None:
     positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
   if segment_ids_BxT is None:
     segment_ids_BxT = jnp.ones(tokens_BxT.shape, jnp.int32)
-  return _merge(config, params)(tokens_BxT, positions_BxT, segment_ids_BxT, return_kv=return_kv, mtp=mtp)
+  return _merge(config, params)(
+    tokens_BxT, positions_BxT, segment_ids_BxT, experts_LxBxTxK,
+    return_kv=return_kv, return_experts=return_experts, mtp=mtp,
+  )  # fmt: skip
 
 
 def decode_step(
-  config: ModelConfig, params: Params, tokens_B: jax.Array, positions_B: jax.Array, active_B: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-  """One token for every slot: writes its keys and values at `positions_B`; returns (hidden [B, D], cache).
+  config: ModelConfig,
+  params: Params,
+  tokens_B: jax.Array,
+  positions_B: jax.Array,
+  active_B: jax.Array,
+  cache: KVCache,
+  *,
+  return_experts: bool = False,
+) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, jax.Array]:
+  """One token for every slot: writes its keys and values at `positions_B`; returns (hidden [B, D], cache), and where asked
+  for the token's experts in each MoE layer, int32 [L, B, K].
 
   Slots that are not active cost no expert work; what they return is meaningless but finite.
   """
-  return _merge(config, params).decode(tokens_B, positions_B, active_B, cache)
+  return _merge(config, params).decode(tokens_B, positions_B, active_B, cache, return_experts=return_experts)

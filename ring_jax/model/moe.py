@@ -11,6 +11,7 @@ Dimension key: N tokens, K experts a token, M rows, D hidden, E experts (e: this
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,13 @@ class Experts(nnx.Module):
     self.down = normal(config, rngs, (E, F, D), ("experts", "expert_mlp", "expert_embed"))
 
 
+class Routed(NamedTuple):
+  """What became of a layer's tokens."""
+
+  counts_E: jax.Array  # int32: tokens each expert got, padding not counted
+  ids_BxTxK: jax.Array | None  # int32: the experts of each token, where they are recorded
+
+
 class MoE(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.config = config
@@ -52,24 +60,34 @@ class MoE(nnx.Module):
       self.shared = MLP(config, config.moe_intermediate_size * config.num_shared_experts, rngs)
 
   def __call__(
-    self, x_BxTxD: jax.Array, valid_BxT: jax.Array, index: jax.Array | None = None
-  ) -> tuple[jax.Array, jax.Array]:
-    """Returns (output [B, T, D], tokens each expert got [E], int32, padding not counted).
+    self,
+    x_BxTxD: jax.Array,
+    valid_BxT: jax.Array,
+    given_BxTxK: jax.Array | None = None,
+    *,
+    index: jax.Array | None = None,
+    record: bool = False,
+  ) -> tuple[jax.Array, Routed]:
+    """Returns (output [B, T, D], what became of the tokens).
 
     Args:
+      given_BxTxK: see `route`.
       index: None, or the layer whose experts are meant where the module holds those of all layers (a decode step).
+      record: return each token's experts.
     """
     weights, axes = nnx.to_pure_dict(nnx.state(self)), logical_axes(nnx.state(self))
+    rows = ("batch", None, None)
+    tokens = (x_BxTxD, valid_BxT) if given_BxTxK is None else (x_BxTxD, valid_BxT, given_BxTxK)
     layer = rules.manual(
-      lambda *arguments: _layer(self.config, axes, *arguments),
+      lambda *arguments: _layer(self.config, axes, record, *arguments),
       self.config.parallel.rules,
-      (axes, ("batch", None, None), ("batch", None), ()),
-      (("batch", None, None), (None,)),
+      (axes, (), *(rows, ("batch", None), rows)[: len(tokens)]),
+      (rows, Routed((None,), rows if record else None)),
     )
-    return layer(weights, x_BxTxD, valid_BxT, index)
+    return layer(weights, index, *tokens)
 
 
-def _layer(config: ModelConfig, axes, weights, x_BxTxD: jax.Array, valid_BxT: jax.Array, index: jax.Array | None):
+def _layer(config: ModelConfig, axes, record: bool, weights, index: jax.Array | None, x_BxTxD, *rest_BxT: jax.Array):
   """One device's part: its tokens, its experts."""
   B, T, D = x_BxTxD.shape
   dtype, parallel = x_BxTxD.dtype, config.parallel
@@ -81,19 +99,21 @@ def _layer(config: ModelConfig, axes, weights, x_BxTxD: jax.Array, valid_BxT: ja
   else:
     experts = functools.partial(_stacked_experts, config, weights["experts"], axes["experts"], index)
 
-  def tokens(x_NxD: jax.Array, valid_N: jax.Array) -> tuple[jax.Array, jax.Array]:
-    routing = route(x_NxD, router["kernel"], router["bias"], config)
+  def tokens(x_NxD: jax.Array, valid_N: jax.Array, given_NxK: jax.Array | None = None) -> tuple[jax.Array, Routed]:
+    routing = route(x_NxD, router["kernel"], router["bias"], config, given_NxK)
     ids_NxK = jnp.where(valid_N[:, None], routing.ids_NxK, config.num_experts)
     counts_E = (ids_NxK[..., None] == jnp.arange(config.num_experts)).sum(axis=(0, 1), dtype=jnp.int32)
     pairs = Pairs(x_NxD, ids_NxK, routing.weights_NxK)
     out_NxD = exchange(pairs, config.num_experts, experts, parallel).astype(dtype)
     if shared is not None:
       out_NxD = out_NxD + _gated(shared, x_NxD)
-    return out_NxD, counts_E
+    return out_NxD, Routed(counts_E, routing.ids_NxK if record else None)
 
-  out_NxD, counts_E = _in_chunks(tokens, parallel.moe_chunk, x_BxTxD.reshape(-1, D), valid_BxT.reshape(-1))
+  flat = [x.reshape(B * T, *x.shape[2:]) for x in (x_BxTxD, *rest_BxT)]
+  out_NxD, routed = _in_chunks(tokens, parallel.moe_chunk, *flat)
   out_NxD = rules.psum(out_NxD, parallel.rules.expert_mlp)
-  return out_NxD.reshape(B, T, D), rules.psum(counts_E, parallel.rules.batch)
+  ids_BxTxK = routed.ids_BxTxK.reshape(B, T, -1) if record else None
+  return out_NxD.reshape(B, T, D), Routed(rules.psum(routed.counts_E, parallel.rules.batch), ids_BxTxK)
 
 
 def _whole(config: ModelConfig, weight: jax.Array, axes: rules.LogicalAxes) -> jax.Array:
@@ -124,7 +144,7 @@ def _gated(weights, x_NxD: jax.Array) -> jax.Array:
   return (jax.nn.silu(x_NxD @ weights["gate"]) * (x_NxD @ weights["up"])) @ weights["down"]
 
 
-def _in_chunks(function, size: int, x_NxD: jax.Array, valid_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _in_chunks(function, size: int, x_NxD: jax.Array, *rest_N: jax.Array) -> tuple[jax.Array, Routed]:
   """function over the tokens in chunks of at most `size`, one after the other, so that its buffers are that much smaller.
 
   A chunk is computed again in the backward pass.  Under remat=full that costs nothing: the layer would be computed
@@ -132,11 +152,15 @@ def _in_chunks(function, size: int, x_NxD: jax.Array, valid_N: jax.Array) -> tup
   """
   num_tokens = x_NxD.shape[0]
   if size == 0 or num_tokens <= size:
-    return function(x_NxD, valid_N)
+    return function(x_NxD, *rest_N)
   chunks = -(-num_tokens // size)
   size = -(-num_tokens // chunks)  # of equal size, as far as possible
-  pad = chunks * size - num_tokens
-  x_CxSxD = jnp.pad(x_NxD, ((0, pad), (0, 0))).reshape(chunks, size, -1)
-  valid_CxS = jnp.pad(valid_N, (0, pad)).reshape(chunks, size)
-  out_CxSxD, counts_CxE = jax.lax.map(jax.checkpoint(lambda part: function(*part)), (x_CxSxD, valid_CxS))
-  return out_CxSxD.reshape(-1, x_NxD.shape[1])[:num_tokens], counts_CxE.sum(axis=0)
+
+  def cut(x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, ((0, chunks * size - num_tokens), *[(0, 0)] * (x.ndim - 1)))
+    return x.reshape(chunks, size, *x.shape[1:])
+
+  joined = lambda x_CxSx: x_CxSx.reshape(-1, x_CxSx.shape[-1])[:num_tokens]  # noqa: E731
+  parts = tuple(cut(x) for x in (x_NxD, *rest_N))
+  out_CxSxD, routed = jax.lax.map(jax.checkpoint(lambda part: function(*part)), parts)
+  return joined(out_CxSxD), Routed(routed.counts_E.sum(axis=0), jax.tree.map(joined, routed.ids_BxTxK))

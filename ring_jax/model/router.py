@@ -5,7 +5,9 @@
     group score = sum of the best two c of a group; experts outside of the best groups get c = -inf
     ids = top-k of c;   w = s[ids] / (sum s[ids] + 1e-20) * routed_scaling_factor
 
-The trainer and the engine call this one function, so that a token chooses the same experts in both.
+The trainer and the engine call this one function, so that a token chooses the same experts in both, but for what their
+rounding does to a close choice.  Router replay (R3, arXiv 2510.11370) takes that away: the engine records the ids, and the
+trainer is given them.  It weighs them by its own scores, so that its router still learns.
 
 Dimension key: N tokens, D hidden, E experts, K experts a token.
 """
@@ -23,8 +25,18 @@ class Routing(NamedTuple):
   weights_NxK: jax.Array  # float32, differentiable
 
 
-def route(x_NxD: jax.Array, kernel_DxE: jax.Array, bias_E: jax.Array, config: ModelConfig) -> Routing:
-  """Chooses experts.  Gradients flow through the weights, never through the choice or the bias."""
+def route(
+  x_NxD: jax.Array,
+  kernel_DxE: jax.Array,
+  bias_E: jax.Array,
+  config: ModelConfig,
+  given_NxK: jax.Array | None = None,
+) -> Routing:
+  """Chooses experts.  Gradients flow through the weights, never through the choice or the bias.
+
+  Args:
+    given_NxK: integers: the experts that were chosen elsewhere, all different; below 0: the token chooses.
+  """
   wide = jnp.promote_types(x_NxD.dtype, jnp.float32)
   logits_NxE = jnp.dot(x_NxD.astype(wide), kernel_DxE.astype(wide), precision=jax.lax.Precision.HIGHEST)
   scores_NxE = jax.nn.sigmoid(logits_NxE)
@@ -32,6 +44,8 @@ def route(x_NxD: jax.Array, kernel_DxE: jax.Array, bias_E: jax.Array, config: Mo
   if config.n_group > 1:
     choice_NxE = _limit_to_groups(choice_NxE, config.n_group, config.topk_group)
   _, ids_NxK = jax.lax.top_k(choice_NxE, config.num_experts_per_tok)
+  if given_NxK is not None:
+    ids_NxK = jnp.where(given_NxK >= 0, given_NxK.astype(ids_NxK.dtype), ids_NxK)
   # A gather's backward pass would be a scatter, which a TPU does one element after the other.
   taken_NxKxE = ids_NxK[..., None] == jnp.arange(config.num_experts)
   weights_NxK = jnp.where(taken_NxKxE, scores_NxE[:, None], 0).sum(axis=-1)

@@ -9,7 +9,7 @@
 Layers of one kind are stacked on a leading axis and scanned, so that an 80-layer model compiles like a 2-layer one.
 Flax NNX holds the structure; the world outside sees a nested dict of arrays (architecture decision 2).
 
-Dimension key: B rows or slots, T positions, D hidden, L layers, E experts, V vocabulary.
+Dimension key: B rows or slots, T positions, D hidden, L layers, E experts, K experts a token, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -44,6 +44,7 @@ class ForwardOutput(NamedTuple):
   mtp_hidden_BxTxD: jax.Array | None  # after the MTP layer's final norm; the lm_head applies to it too
   expert_counts_LxE: jax.Array  # int32: tokens each expert of each MoE layer got (the MTP layer not included)
   kv: DenseCache | None  # keys and values of the tokens given, where asked for; S = T
+  experts_LxBxTxK: jax.Array | None  # int32: of each token in each MoE layer, where asked for
 
 
 class Block(nnx.Module):
@@ -58,26 +59,27 @@ class Block(nnx.Module):
     else:
       self.mlp = MLP(config, config.intermediate_size, rngs)
 
-  def _feed_forward(self, x_BxTxD, valid_BxT, index=None):
+  def _feed_forward(self, x_BxTxD, valid_BxT, given_BxTxK=None, *, index=None, record=False):
     with jax.named_scope("feed_forward"):
       if hasattr(self, "moe"):
-        out_BxTxD, counts_E = self.moe(self.post_norm(x_BxTxD), valid_BxT, index)
+        x_norm_BxTxD = self.post_norm(x_BxTxD)
+        out_BxTxD, routed = self.moe(x_norm_BxTxD, valid_BxT, given_BxTxK, index=index, record=record)
       else:
-        out_BxTxD, counts_E = self.mlp(self.post_norm(x_BxTxD)), None
-      return x_BxTxD + out_BxTxD, counts_E
+        out_BxTxD, routed = self.mlp(self.post_norm(x_BxTxD)), None
+      return x_BxTxD + out_BxTxD, routed
 
-  def __call__(self, x_BxTxD, rotary, segment_ids_BxT, prefill=False):
+  def __call__(self, x_BxTxD, rotary, segment_ids_BxT, given_BxTxK=None, *, prefill=False, record=False):
     with jax.named_scope("attention"):
       out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, segment_ids_BxT, prefill)
-    x_BxTxD, counts_E = self._feed_forward(x_BxTxD + out_BxTxD, segment_ids_BxT > 0)
-    return x_BxTxD, counts_E, kv
+    x_BxTxD, routed = self._feed_forward(x_BxTxD + out_BxTxD, segment_ids_BxT > 0, given_BxTxK, record=record)
+    return x_BxTxD, routed, kv
 
-  def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer, index):
+  def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer, index, *, record):
     """`layer` of all, whose cache it is; `index` of its kind, whose experts it has."""
     with jax.named_scope("attention"):
       out_Bx1xD, cache = self.attention.decode(self.input_norm(x_Bx1xD), rotary, positions_B, active_B, cache, layer)
-    x_Bx1xD, _ = self._feed_forward(x_Bx1xD + out_Bx1xD, active_B[:, None], index)
-    return x_Bx1xD, cache
+    x_Bx1xD, routed = self._feed_forward(x_Bx1xD + out_Bx1xD, active_B[:, None], index=index, record=record)
+    return x_Bx1xD, cache, routed
 
 
 class Embedding(nnx.Module):
@@ -147,27 +149,44 @@ class RingModel(nnx.Module):
   def _stacks(self) -> list[Block]:
     return [getattr(self, name) for name in ("dense_layers", "moe_layers") if hasattr(self, name)]
 
-  def __call__(self, tokens_BxT, positions_BxT, segment_ids_BxT, *, return_kv: bool, mtp: bool) -> ForwardOutput:
+  def __call__(
+    self,
+    tokens_BxT,
+    positions_BxT,
+    segment_ids_BxT,
+    experts_LxBxTxK,
+    *,
+    return_kv: bool,
+    return_experts: bool,
+    mtp: bool,
+  ) -> ForwardOutput:
     tokens_BxT, positions_BxT, segment_ids_BxT = (
       rules.reshard(x_BxT, self.config.parallel.rules, "batch", None)
       for x_BxT in (tokens_BxT, positions_BxT, segment_ids_BxT)
     )
     rotary = rotary_tables(self.config, positions_BxT)
     x_BxTxD = self.embed(tokens_BxT)
-    counts, caches = [jnp.zeros((0, self.config.num_experts), jnp.int32)], []
+    if experts_LxBxTxK is not None:
+      experts_LxBxTxK = rules.reshard(experts_LxBxTxK, self.config.parallel.rules, None, "batch", None, None)
+    counts, caches, experts = [jnp.zeros((0, self.config.num_experts), jnp.int32)], [], None
     for stack in self._stacks():
       graph, stacked = nnx.split(stack)
 
-      def layer(x, params, graph=graph):
+      def layer(x, scanned, graph=graph):
+        params, given = scanned
         x = checkpoint_name(x, _INPUT)
-        x, counts_E, kv = nnx.merge(graph, params)(x, rotary, segment_ids_BxT, return_kv)
-        return x, (counts_E, kv if return_kv else None)
+        x, routed, kv = nnx.merge(graph, params)(
+          x, rotary, segment_ids_BxT, given, prefill=return_kv, record=return_experts
+        )
+        return x, (routed, kv if return_kv else None)
 
       if self.config.remat is not Remat.NONE:
         layer = jax.checkpoint(layer, policy=_REMAT_POLICY[self.config.remat])
-      x_BxTxD, (counts_LxE, kv) = jax.lax.scan(layer, x_BxTxD, stacked)
-      if counts_LxE is not None:
-        counts.append(counts_LxE)
+      given = experts_LxBxTxK if hasattr(stack, "moe") else None
+      x_BxTxD, (routed, kv) = jax.lax.scan(layer, x_BxTxD, (stacked, given))
+      if routed is not None:
+        counts.append(routed.counts_E)
+        experts = routed.ids_BxTxK
       if return_kv:
         caches.append(DenseCache(*kv))
     hidden_BxTxD = self.final_norm(x_BxTxD)
@@ -176,30 +195,34 @@ class RingModel(nnx.Module):
       following_BxT = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))  # the last position is filled with id 0
       mtp_hidden = self.mtp(self.embed(following_BxT), hidden_BxTxD, rotary, segment_ids_BxT)
     kv = DenseCache(*(jnp.concatenate(part) for part in zip(*caches, strict=True))) if return_kv else None
-    return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv)
+    return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv, experts)
 
-  def decode(self, tokens_B, positions_B, active_B, cache: KVCache) -> tuple[jax.Array, KVCache]:
+  def decode(self, tokens_B, positions_B, active_B, cache: KVCache, *, return_experts: bool):
     tokens_B, positions_B, active_B = (
       rules.reshard(x_B, self.config.parallel.rules, "batch") for x_B in (tokens_B, positions_B, active_B)
     )
     rotary = rotary_tables(self.config, positions_B[:, None])
     carry = (self.embed(tokens_B[:, None]), cache)
-    first = 0
+    first, chosen = 0, None
     for stack in self._stacks():
       # A scan would copy a layer's experts, of which a step needs few.
       graph, experts, scanned = nnx.split(stack, lambda path, _: "experts" in path, ...)
 
       def layer(carry, scanned, graph=graph, experts=experts, first=first):
         params, index = scanned
-        block = nnx.merge(graph, experts, params)
-        return block.decode(carry[0], rotary, positions_B, active_B, carry[1], first + index, index), None
+        *carry, routed = nnx.merge(graph, experts, params).decode(
+          carry[0], rotary, positions_B, active_B, carry[1], first + index, index, record=return_experts
+        )
+        return tuple(carry), routed.ids_BxTxK if return_experts and routed else None
 
       depth = jax.tree.leaves(scanned)[0].shape[0]
       # The cache is carried, not scanned over: as a carry it is updated in place.
-      carry, _ = jax.lax.scan(layer, carry, (scanned, jnp.arange(depth)))
+      carry, ids_LxBx1xK = jax.lax.scan(layer, carry, (scanned, jnp.arange(depth)))
+      chosen = chosen if ids_LxBx1xK is None else ids_LxBx1xK[:, :, 0]
       first += depth
     x_Bx1xD, cache = carry
-    return self.final_norm(x_Bx1xD)[:, 0], cache
+    hidden_BxD = self.final_norm(x_Bx1xD)[:, 0]
+    return (hidden_BxD, cache, chosen) if return_experts else (hidden_BxD, cache)
 
 
 def _stack(config: ModelConfig, moe: bool, depth: int, rngs: nnx.Rngs) -> Block:

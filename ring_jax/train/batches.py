@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from configs.schema import Denominator, IcePopConfig, PackingConfig
+from configs.schema import Denominator, IcePopConfig, ModelConfig, PackingConfig
 from kernels.icepop import sequence_weight
 from ring_jax.data.packing import PackedBatch, pack, unpack
 from ring_jax.records import Rollout
+from ring_jax.rl import replay
 from ring_jax.rl.metrics import calibrate
 from ring_jax.train.programs import RLFields, Tokens
 
@@ -75,6 +76,26 @@ class Minibatch:
         field_RxT[row, first + len(self.rollouts[number].prompt) - 1 : first + length - 1] = values[number]
       fields.append(field_RxT)
     return fields
+
+  def tokens(self, replayed: ModelConfig | None = None) -> list[Tokens]:
+    """What the actor reads of each microbatch.
+
+    Args:
+      replayed: the actor, if it is to route tokens as the engine did (`rl.replay`).
+    """
+    if replayed is None:
+      return [model_tokens(batch) for batch in self.microbatches]
+    found = []
+    for batch in self.microbatches:
+      shape = (replayed.num_moe_layers, *batch.tokens.shape, replayed.num_experts_per_tok)
+      experts_LxRxTxK = np.full(shape, replay.OWN, np.int16)
+      for number, row, first, length in batch.where:
+        rollout = self.rollouts[number]
+        if rollout.experts:
+          span = slice(first + len(rollout.prompt) - 1, first + length - 1)
+          experts_LxRxTxK[:, row, span] = replay.decode(rollout.experts, replayed)
+      found.append(model_tokens(batch)._replace(experts_LxRxTxK=experts_LxRxTxK))
+    return found
 
   def last(self, values: Sequence[np.ndarray]) -> np.ndarray:
     """float32 [rollouts]: what stands at the last token of each rollout; `values` [R, T] of each microbatch."""

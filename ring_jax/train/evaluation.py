@@ -69,7 +69,7 @@ class Evaluator:
       rollout,
       slots=slots, pool=max(slots, samples), group_size=samples, token_budget=2**62, unit=Unit.ROLLOUT,
       budget_counts=BudgetCounts.COMPLETED, on_purge=OnPurge.DROP, kv_policy=KVPolicy.RECOMPUTE, retention=0,
-      dtype=RolloutDtype.FLOAT32,
+      dtype=RolloutDtype.FLOAT32, router_replay=False,
     )  # fmt: skip
     self._engine = RingEngine(
       model,

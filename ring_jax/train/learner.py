@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from configs.schema import Advantage, Denominator, PackingConfig, RLConfig, Role
+from configs.schema import Advantage, Denominator, ModelConfig, OldPolicy, PackingConfig, RLConfig, Role
 from ring_jax.rl.metrics import step_metrics
-from ring_jax.train.batches import Minibatch, deal, minibatch, model_tokens, rl_fields
+from ring_jax.train.batches import Minibatch, deal, minibatch, rl_fields
 from ring_jax.train.experience import Experience, Spans, by_critic, relative
 from ring_jax.train.roles import Roles, Weights
 from ring_jax.train.scalar_batches import value_batches
@@ -22,7 +22,7 @@ from ring_jax.train.scalar_programs import value_metrics
 from ring_jax.train.turns import Turns
 from sharding.processes import fetch
 
-_TOKEN_FIELDS = ("logp", "logp_old", "logp_infer", "advantages", "entropy")  # of `step_metrics`
+_TOKEN_FIELDS = ("logp", "logp_old", "logp_infer", "advantages", "entropy", "sequences")  # of `step_metrics`
 
 
 @dataclasses.dataclass
@@ -34,6 +34,7 @@ class Tally:
   norms: list[float] = dataclasses.field(default_factory=list)  # of its gradients, before clipping
   critic: list[dict[str, float]] = dataclasses.field(default_factory=list)  # `value_metrics` and grad_norm, likewise
   positions: int = 0
+  sequences: int = 0  # trained on
 
 
 class Learner:
@@ -41,13 +42,23 @@ class Learner:
 
   Args:
     name: of the phase: its optimizer's.
+    replayed: the actor, if it is to route tokens as the engine did; None: it routes them itself.
 
   `tally` is of the step that was begun last.
   """
 
-  def __init__(self, name: str, phase: RLConfig, packing: PackingConfig, seed: int, roles: Roles, turns: Turns):
+  def __init__(
+    self,
+    name: str,
+    phase: RLConfig,
+    packing: PackingConfig,
+    seed: int,
+    roles: Roles,
+    turns: Turns,
+    replayed: ModelConfig | None = None,
+  ):
     self._name, self._phase, self._packing, self._seed = name, phase, packing, seed
-    self._roles, self._turns = roles, turns
+    self._roles, self._turns, self._replayed = roles, turns, replayed
     self._by_critic = phase.advantage is Advantage.GAE
     self._kl_reward = self._by_critic and phase.ppo.kl_coef > 0
 
@@ -95,10 +106,13 @@ class Learner:
     return metrics | {"optimizer_steps": len(tally.norms)}, tally.positions
 
   def _old_logps(self, weights: Weights, part: Minibatch, alone: bool) -> list[np.ndarray] | None:
-    """Log-probs [R, T] at theta_old of each microbatch; None where the gradient pass will give them itself."""
-    if alone and self._phase.objective.denominator is Denominator.ALL and not self._kl_reward:
+    """Log-probs [R, T] at theta_old of each microbatch; None where nothing reads them, or the gradient pass will give them
+    itself."""
+    objective = self._phase.objective
+    unread = objective.old is OldPolicy.ENGINE or (alone and objective.denominator is Denominator.ALL)
+    if unread and not self._kl_reward:
       return None
-    return [fetch(self._roles.actor.logprobs(weights.actor, model_tokens(batch))) for batch in part.microbatches]
+    return [fetch(self._roles.actor.logprobs(weights.actor, tokens)) for tokens in part.tokens(self._replayed)]
 
   def _update(self, weights: Weights, batch: Minibatch, experience: Experience, logp_old, span: Spans) -> None:
     def actor() -> None:
@@ -115,13 +129,15 @@ class Learner:
     pick = lambda values: [values[i] for i in batch.index]  # noqa: E731
     logp_ref = batch.spread(pick(experience.logp_ref)) if objective.kl_coef > 0 else None
     sums, used = None, []
+    sequences = batch.spread(range(tally.sequences, tally.sequences + len(batch.rollouts)))
+    tally.sequences += len(batch.rollouts)
     every = rl_fields(batch, pick(experience.advantages), logp_old, objective, logp_ref)
-    for one, fields in zip(batch.microbatches, every, strict=True):
-      sums, out = programs.rl_gradients(weights.actor, sums, model_tokens(one), fields, objective, logp_old is None)
+    for tokens, fields, sequences_RxT in zip(batch.tokens(self._replayed), every, sequences, strict=True):
+      sums, out = programs.rl_gradients(weights.actor, sums, tokens, fields, objective, logp_old is None)
       logp_RxT, entropy_RxT = fetch(out)
       inside = fields.mask_RxT > 0
       used.append(logp_RxT if logp_old is None else fields.logp_old_RxT)
-      values = (logp_RxT, used[-1], fields.logp_infer_RxT, fields.advantages_RxT, entropy_RxT)
+      values = (logp_RxT, used[-1], fields.logp_infer_RxT, fields.advantages_RxT, entropy_RxT, sequences_RxT)
       for name, value in zip(_TOKEN_FIELDS, values, strict=True):
         tally.tokens[name].append(value[inside])
     for i, own in zip(batch.index, batch.gather(used), strict=True):

@@ -103,7 +103,8 @@ class Orchestrator:
     self._phase = config.phase(name)
     self._roles, self._engine, self._driver, self._stream, self._span = roles, worker.engine, driver, stream, span
     self._judge = Judges(config, name, roles, turns, score)
-    self._learner = Learner(name, self._phase, config.packing, config.seed, roles, turns)
+    replayed = config.model if config.rollout.router_replay else None
+    self._learner = Learner(name, self._phase, config.packing, config.seed, roles, turns, replayed)
     self._shared = roles.placement.share(Role.ROLLOUT, Role.ACTOR)
     shadowed = Role.CRITIC not in self._phase.roles or roles.judge is Role.SHADOW_CRITIC
     self._overlaps = not self._shared and shadowed and processes.group().count == 1

@@ -4,7 +4,8 @@ A step may need any number of microbatches.  Each has the same fixed shape, so t
 gradients of one optimizer step are summed over them, with per-token weights that already hold the denominators of the
 whole minibatch.
 
-Dimension key: R rows of a microbatch, T tokens of a row, N = R * T, D hidden, V vocabulary, L MoE layers, E experts.
+Dimension key: R rows of a microbatch, T tokens of a row, N = R * T, D hidden, V vocabulary, L MoE layers, E experts,
+K experts a token.
 """
 
 import dataclasses
@@ -17,10 +18,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from configs.schema import IcePopConfig, ParallelConfig, RunConfig
+from configs.schema import IcePopConfig, ParallelConfig, RatioLevel, RunConfig
 from kernels.icepop import policy_loss
 from kernels.linear_logprob import linear_logprob
-from ring_jax.model import Params, forward, is_router_bias, updated_bias
+from ring_jax.model import ForwardOutput, Params, forward, is_router_bias, updated_bias
 from ring_jax.train.updates import Update, added, gradients
 from sharding import rules
 
@@ -32,6 +33,7 @@ class Tokens(NamedTuple):
   positions_RxT: np.ndarray  # int32, restart with each sequence
   segments_RxT: np.ndarray  # int32, 0: padding
   targets_RxT: np.ndarray  # int32: the next token of the same sequence
+  experts_LxRxTxK: np.ndarray | None = None  # int16: which experts a token takes, below 0: it chooses; None: all do
 
 
 class RLFields(NamedTuple):
@@ -91,6 +93,12 @@ class Programs:
     loss, (counts_LxE, out), grads = gradients(loss_of, params)
     return added(sums, Gradients(grads, loss, counts_LxE)), out
 
+  def _forward(self, params: Params, batch: Tokens) -> ForwardOutput:
+    return forward(
+      self._model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT,
+      experts_LxBxTxK=batch.experts_LxRxTxK, mtp=False,
+    )  # fmt: skip
+
   def _logprob(self, params: Params, hidden_RxTxD, targets_RxT, temperature):
     return linear_logprob(
       *self._head(params, hidden_RxTxD), self._rows(targets_RxT), temperature=temperature, vocab_mask=self._mask_V
@@ -127,7 +135,7 @@ class Programs:
 
   def _logprobs(self, params: Params, batch: Tokens) -> jax.Array:
     """Log-probs [R, T] of the targets, of the distribution that rollouts are sampled from."""
-    out = forward(self._model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
+    out = self._forward(params, batch)
     scored = self._logprob(params, out.hidden_BxTxD, batch.targets_RxT, self._config.rollout.temperature)
     return scored.logp.reshape(batch.tokens_RxT.shape)
 
@@ -148,13 +156,15 @@ class Programs:
     shape = batch.tokens_RxT.shape
 
     def loss_of(params):
-      out = forward(self._model, params, batch.tokens_RxT, batch.positions_RxT, batch.segments_RxT, mtp=False)
+      out = self._forward(params, batch)
       flat = jax.tree.map(self._rows, fields)
+      by_sequence = objective.level is RatioLevel.SEQUENCE
       loss, metrics = policy_loss(
         *self._head(params, out.hidden_BxTxD), self._rows(batch.targets_RxT),
         None if only_minibatch else flat.logp_old_RxT, flat.logp_infer_RxT,
         flat.advantages_RxT, flat.mask_RxT, objective, temperature=self._config.rollout.temperature,
         vocab_mask=self._mask_V, weights=flat.weights_RxT, logp_ref_N=flat.logp_ref_RxT,
+        segment_ids=self._rows(sequence_numbers(batch.segments_RxT)) if by_sequence else None,
       )  # fmt: skip
       return loss, (out.expert_counts_LxE, (metrics["logp"].reshape(shape), metrics["entropy"].reshape(shape)))
 
@@ -180,6 +190,12 @@ class Programs:
       return updated_bias(leaf, counts_LxE, rate) if stacked else leaf
 
     return jax.tree_util.tree_map_with_path(move, params)
+
+
+def sequence_numbers(segments_RxT: jax.Array | np.ndarray) -> jax.Array:
+  """int32 [R, T], from 0 to R * T: no two sequences of the microbatch share one; padding has its neighbours'."""
+  R, T = segments_RxT.shape
+  return jnp.arange(R)[:, None] * T + jnp.maximum(segments_RxT - 1, 0)
 
 
 def _weighted_sum(weights_N: jax.Array, logp_N: jax.Array) -> jax.Array:

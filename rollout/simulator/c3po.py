@@ -33,7 +33,7 @@ class CountedRollout(Rollout):
   length: int = 0
   runs: Runs = dataclasses.field(default_factory=list)
 
-  def extend(self, tokens: Sequence[int], logps: Sequence[float], version: int) -> None:
+  def extend(self, tokens: Sequence[int], logps: Sequence[float], version: int, experts: Sequence[bytes] = ()) -> None:
     count, runs = len(tokens), self.runs
     self.length += count
     if runs and runs[-1][0] == version:

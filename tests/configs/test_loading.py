@@ -1,5 +1,6 @@
 """Run files, overrides and stored JSON, and the one-line errors for each thing a user can get wrong in them."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -7,7 +8,7 @@ import pytest
 import reasoning_gym
 
 from configs import loading
-from configs.schema import ConfigError, ModelConfig, Unit, to_dict
+from configs.schema import OBJECTIVES, ConfigError, ModelConfig, Unit, to_dict
 from ring_jax.model import num_params
 
 SMALL = pathlib.Path(__file__).parent / "small_run.py"
@@ -80,6 +81,20 @@ def test_overrides_of_every_kind(small):
   assert one == {**small.task.mixture[0].options, "max_word_len": 4}
   two = overridden(small, task__mixture='[{"name": "gcd"}, {"name": "lcm", "weight": 3}]').task.mixture
   assert [(source.name, source.weight) for source in two] == [("gcd", 1.0), ("lcm", 3.0)]
+
+
+def test_objectives_have_names(small):
+  for name, objective in OBJECTIVES.items():
+    assert overridden(small, rl__objective=name).rl.objective == objective
+  assert overridden(small, rl__objective='{"masking": "none", "weight": "one"}').rl.objective == OBJECTIVES["grpo"]
+  fields = {"rl__objective__masking": "none", "rl__objective__weight": "truncated"}
+  assert overridden(small, **fields).rl.objective == dataclasses.replace(
+    small.rl.objective, masking="none", weight="truncated"
+  )
+  with pytest.raises(ConfigError, match=r"rl\.objective='tas': must be one of icepop, tis, .*, or a JSON object of"):
+    overridden(small, rl__objective="tas")
+  with pytest.raises(ConfigError, match=r"rl\.objective\.level=sequence contradicts rl\.advantage=gae"):
+    overridden(small, rl__objective="gspo", rl__advantage="gae")
 
 
 def test_overrides_are_judged_together(small):

@@ -41,8 +41,8 @@ def program(parallel):
     x, grad, valid = (
       rules.reshard(a, config.parallel.rules, "batch", *[None] * (a.ndim - 1)) for a in (x_BxTxD, grad_BxTxD, valid_BxT)
     )
-    out_BxTxD, counts_E = nnx.merge(graph, state)(x, valid)
-    return jnp.sum(out_BxTxD * grad), (out_BxTxD, counts_E)
+    out_BxTxD, routed = nnx.merge(graph, state)(x, valid)
+    return jnp.sum(out_BxTxD * grad), (out_BxTxD, routed.counts_E)
 
   mesh = make_mesh(parallel.mesh) if parallel.mesh.num_devices > 1 else None
   return rules.Program(mesh, jax.value_and_grad(run, argnums=(0, 1), has_aux=True))

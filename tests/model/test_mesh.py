@@ -9,7 +9,16 @@ import optax
 import pytest
 
 from configs.ring_tiny import get_config
-from configs.schema import ConfigError, ExpertParallel, MeshConfig, PackingConfig, ParallelConfig, Remat, ShardingRules
+from configs.schema import (
+  OBJECTIVES,
+  ConfigError,
+  ExpertParallel,
+  MeshConfig,
+  PackingConfig,
+  ParallelConfig,
+  Remat,
+  ShardingRules,
+)
 from ring_jax import model as ring_model
 from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.programs import Programs, RLFields, Tokens
@@ -110,9 +119,52 @@ def test_a_training_step_is_that_of_one_device(name, params, batch, alone):
     assert distance(ours, theirs)[0] <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["data fsdp tensor"])
+def test_sequence_ratios_do_not_see_the_mesh(name, params, batch):
+  """GSPO's sums over sequences, whose rows lie on different devices."""
+  parallel, objective = MESHES[name], dataclasses.replace(OBJECTIVES["gspo"], clip_low=0.05, clip_high=0.05)
+  tokens, fields = batch
+  found = []
+  for config, mesh in ((run_config(), None), (run_config(parallel), make_mesh(parallel.mesh))):
+    programs = Programs(config, MASK, {}, mesh)
+    placed = jax.device_put(params, None if mesh is None else ring_model.param_shardings(config.model, mesh))
+    sums, _ = programs.rl_gradients(placed, None, tokens, fields, objective, False)
+    found.append(jax.device_get(sums))
+  assert abs(found[1].loss - found[0].loss) <= 1e-6 * abs(found[0].loss)
+  assert distance(found[1].params, found[0].params)[0] <= 1e-6
+
+
+def test_given_experts_do_not_see_the_mesh(params, batch):
+  """Router replay, for some tokens, over an exchange between devices: what was given is what is trained."""
+  tokens, fields = batch
+  parallel = MESHES["data expert tensor"]
+  L, E, K = MODEL.num_moe_layers, MODEL.num_experts, MODEL.num_experts_per_tok
+  rng = np.random.default_rng(4)
+  experts = rng.permuted(np.broadcast_to(np.arange(E, dtype=np.int16), (L, ROWS, LENGTH, E)), axis=-1)[..., :K].copy()
+  experts[:, :, ::5] = -1
+  experts[..., 0, :] = -1
+  whole = tokens._replace(experts_LxRxTxK=np.where(experts < 0, np.arange(K, dtype=np.int16), experts))
+  found = []
+  for config, mesh in ((run_config(), None), (run_config(parallel), make_mesh(parallel.mesh))):
+    programs = Programs(config, MASK, {}, mesh)
+    placed = jax.device_put(params, None if mesh is None else ring_model.param_shardings(config.model, mesh))
+    sums = [
+      programs.rl_gradients(placed, None, given, fields, config.rl.objective, False)[0]
+      for given in (whole, tokens._replace(experts_LxRxTxK=experts))
+    ]
+    found.append(jax.device_get(sums))
+  for ours, theirs in zip(found[1], found[0], strict=True):
+    np.testing.assert_array_equal(ours.counts_LxE, theirs.counts_LxE)
+    assert abs(ours.loss - theirs.loss) <= 1e-6 * abs(theirs.loss)
+    assert distance(ours.params, theirs.params)[0] <= 1e-6
+  valid = tokens.segments_RxT > 0
+  given = [np.bincount(whole.experts_LxRxTxK[layer][valid].reshape(-1), minlength=E) for layer in range(L)]
+  np.testing.assert_array_equal(found[1][0].counts_LxE, given)
+
+
 def decoded(parallel, params, mesh=None, dtype="float32"):
-  """Prefill, insertion into slots out of order, a release, and two dispatches."""
-  config = dataclasses.replace(RUN.rollout, slots=16, prefill_batch=8, dtype=dtype)
+  """Prefill, insertion into slots out of order, a release, and two dispatches; in int8 experts are recorded."""
+  config = dataclasses.replace(RUN.rollout, slots=16, prefill_batch=8, dtype=dtype, router_replay=dtype == "int8")
   engine = RingEngine(
     dataclasses.replace(MODEL, parallel=parallel), config, eos_ids=(3,), vocab_mask_V=MASK, seed=7, mesh=mesh
   )
@@ -144,6 +196,8 @@ def test_rollouts_are_those_of_one_device(name, cut, params):
     np.testing.assert_array_equal(ours.valid_NxB, valid)
     np.testing.assert_array_equal(ours.token_NxB[valid], theirs.token_NxB[valid])
     np.testing.assert_allclose(ours.logp_NxB[valid], theirs.logp_NxB[valid], rtol=0, atol=5e-6)
+    if dtype == "int8":
+      np.testing.assert_array_equal(ours.experts_NxBxLxK[valid], theirs.experts_NxBxLxK[valid])
   assert want[0].valid_NxB.sum() > 40
 
 

@@ -49,6 +49,29 @@ def test_ids_and_weights(groups, shift, normalised):
     np.testing.assert_allclose(routing.weights_NxK.sum(-1), config.routed_scaling_factor, rtol=1e-6)
 
 
+def test_given_experts_are_weighed_by_the_tokens_own_scores():
+  rng = np.random.default_rng(2)
+  x, kernel, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((N, D), (D, 16), (16,)))
+  plain = route(x, kernel, bias, CONFIG)
+  given = np.stack([rng.permutation(16)[:4] for _ in range(N)]).astype(np.int16)
+  given[::3] = -1
+  routing = route(x, kernel, bias, CONFIG, jnp.asarray(given))
+  scores = 1 / (1 + np.exp(-(np.float64(x) @ np.float64(kernel))))
+  ids = np.where(given >= 0, given, plain.ids_NxK)
+  picked = np.take_along_axis(scores, ids, axis=1)
+  np.testing.assert_array_equal(routing.ids_NxK, ids)
+  np.testing.assert_allclose(routing.weights_NxK, picked / picked.sum(axis=1, keepdims=True) * 2.5, rtol=3e-6)
+  for own in (plain.ids_NxK, jnp.full((N, 4), -1)):
+    again = route(x, kernel, bias, CONFIG, own)
+    np.testing.assert_array_equal(again.weights_NxK, plain.weights_NxK)
+  # The gradient of scores at given ids, which no step of the router can make jump.
+  target = jnp.asarray(rng.normal(size=(N, 4)), jnp.float32)
+  loss = lambda kernel: jnp.sum(route(x, kernel, bias, CONFIG, jnp.maximum(given, ids)).weights_NxK * target)  # noqa: E731
+  direction = jnp.asarray(rng.normal(size=kernel.shape), jnp.float32)
+  numeric = (loss(kernel + 1e-2 * direction) - loss(kernel - 1e-2 * direction)) / 2e-2
+  assert float(numeric) == pytest.approx(float(jnp.vdot(jax.grad(loss)(kernel), direction)), rel=1e-3)
+
+
 def test_gradient_reaches_scores_only():
   rng = np.random.default_rng(1)
   x, kernel, bias = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((N, D), (D, 16), (16,)))

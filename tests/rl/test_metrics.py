@@ -1,11 +1,12 @@
 """The published metrics of a step: by hand, against the loss's own counts, and without NaN on anything."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from configs.schema import IcePopConfig
+from configs.schema import OBJECTIVES, IcePopConfig
 from kernels.icepop import icepop_loss
 from ring_jax.rl.metrics import calibrate, step_metrics
 
@@ -40,6 +41,7 @@ def test_by_hand():
     "mismatch/masked_low": 1 / 5,
     "mismatch/masked_high": 1 / 5,
     "mismatch/masked_nonfinite": 1 / 5,
+    "mismatch/truncated": 0.0,
     "mismatch/kl_k1": -log_k.mean(),
     "mismatch/kl_k3": (np.exp(log_k) - 1 - log_k).mean(),
     "mismatch/delta_mean": np.abs(log_k).mean(),
@@ -50,6 +52,8 @@ def test_by_hand():
     "mismatch/ess": 11.25**2 / (4 * (1 + 4 + 1 / 16 + 64)),
     "policy/entropy": 3.0,
     "policy/entropy_masked": 4.0,
+    "policy/logp": (math.log(1.5) + math.log(0.5)) / 4,
+    "policy/logp_infer": -log_k.mean(),
     "policy/clip_low": 0.0,  # the token whose ratio is too low is masked already
     "policy/clip_high": 1 / 5,
     "policy/ratio_max": 1.5,
@@ -60,18 +64,25 @@ def test_by_hand():
     assert metrics[name] == pytest.approx(value, rel=1e-5), name
 
 
-@pytest.mark.parametrize("calibration", ["old_over_infer", "theta_over_infer"])
+CONFIGS = {name: dataclasses.replace(config, aggregate="token_mean") for name, config in OBJECTIVES.items()}
+CONFIGS["theta_over_infer"] = IcePopConfig(calibration="theta_over_infer", aggregate="token_mean")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("with_old", [True, False])
-def test_counts_are_those_of_the_loss(calibration, with_old):
+def test_counts_are_those_of_the_loss(name, with_old):
+  config = CONFIGS[name]
   arrays, mask = step()
+  sequences = np.arange(len(mask)) // 7
+  if config.level == "sequence":
+    arrays["advantages"] = np.repeat(arrays["advantages"][::7], 7)[: len(mask)]
   arrays["logp_infer"][:50] = -np.inf
   arrays["logp"][50:60] = np.nan
   if not with_old:
     arrays["logp_old"] = None
-  config = IcePopConfig(calibration=calibration, aggregate="token_mean")
-  metrics = step_metrics(**arrays, mask=mask, config=config)
+  metrics = step_metrics(**arrays, mask=mask, config=config, sequences=sequences)
   entropy = arrays.pop("entropy")
-  _, counts = icepop_loss(**arrays, mask=mask, config=config)
+  _, counts = icepop_loss(**arrays, mask=mask, config=config, segment_ids=sequences)
   tokens = int(counts["tokens"])
   for published, counted in (
     ("mismatch/masked_low", "masked_low"),
@@ -84,6 +95,22 @@ def test_counts_are_those_of_the_loss(calibration, with_old):
   assert metrics["policy/tokens"] == tokens
   kept = calibrate(arrays["logp"], arrays["logp_old"], arrays["logp_infer"], config).kept
   assert metrics["policy/entropy_masked"] == pytest.approx(entropy[mask & ~kept].mean(), rel=1e-5)
+
+
+def test_of_the_variants():
+  """TIS cuts weights; with the engine's log-probs as old, the mismatch is that of theta; GSPO has one ratio a sequence."""
+  arrays, mask = step()
+  log_k = (arrays["logp_old"] - arrays["logp_infer"])[mask]
+  tis = step_metrics(**arrays, mask=mask, config=OBJECTIVES["tis"])
+  assert tis["mismatch/masked"] == 0 and tis["mismatch/truncated"] == np.mean(log_k > math.log(2)) > 0.01
+  engine = step_metrics(**arrays, mask=mask, config=OBJECTIVES["grpo_infer_old"])
+  log_r = (arrays["logp"] - arrays["logp_infer"])[mask]
+  assert engine["mismatch/delta_mean"] == pytest.approx(np.abs(log_r).mean(), rel=1e-5)
+  assert engine["policy/ratio_max"] == pytest.approx(np.exp(log_r.max()), rel=1e-5)
+  sequences = np.arange(len(mask)) // 10
+  gspo = step_metrics(**arrays, mask=mask, config=OBJECTIVES["gspo"], sequences=sequences)
+  log_s = [(arrays["logp"] - arrays["logp_old"])[mask & (sequences == i)].mean() for i in range(400)]
+  assert gspo["policy/ratio_max"] == pytest.approx(np.exp(max(log_s)), rel=1e-5)
 
 
 def test_kl_estimates_agree_with_the_truth():
@@ -107,8 +134,9 @@ def test_never_nan(hostile):
   arrays, mask = step(20)
   for name in arrays:
     changed = {n: np.full_like(x, hostile) if n == name else x for n, x in arrays.items()}
-    metrics = step_metrics(**changed, mask=mask, config=IcePopConfig())
-    assert all(math.isfinite(x) for x in metrics.values()), (name, metrics)
+    for config in OBJECTIVES.values():
+      metrics = step_metrics(**changed, mask=mask, config=config, sequences=np.arange(20) // 3)
+      assert all(math.isfinite(x) for x in metrics.values()), (name, metrics)
 
 
 def test_empty():

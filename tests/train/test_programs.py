@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from configs.ring_tiny import get_config
-from configs.schema import Aggregate, Denominator, IcePopConfig, OptimizerConfig, PackingConfig
+from configs.schema import OBJECTIVES, Aggregate, Denominator, IcePopConfig, OptimizerConfig, PackingConfig
 from kernels.icepop import icepop_loss
 from ring_jax import model as ring_model
 from ring_jax.records import Rollout
@@ -116,8 +116,10 @@ def rollouts(params):
     IcePopConfig(aggregate=Aggregate.TOKEN_MEAN, weight="one"),
     IcePopConfig(aggregate=Aggregate.TOKEN_BUDGET, token_budget=77),
     IcePopConfig(denominator=Denominator.KEPT),
+    dataclasses.replace(OBJECTIVES["gspo"], clip_low=0.02, clip_high=0.05),
+    OBJECTIVES["grpo_infer_old"],
   ],
-  ids=["sequence_mean", "token_mean", "token_budget", "kept"],
+  ids=["sequence_mean", "token_mean", "token_budget", "kept", "gspo", "grpo_infer_old"],
 )
 def test_rl_gradient_over_packed_microbatches_is_that_of_padded_rows(params, rollouts, objective):
   made, advantages = rollouts
