@@ -81,7 +81,11 @@ class RolloutDriver:
       on_ready(scheduler.ready)
       on_progress(clock)
     self._control.end()
-    return scheduler.end_iteration(version if trained is None else trained), clock
+    placed = scheduler.running()
+    result = scheduler.end_iteration(version if trained is None else trained)
+    # A worker of another process would go on with what the scheduler took back.
+    self._worker.release(placed.keys() - scheduler.running().keys())
+    return result, clock
 
   def _hear(self) -> None:
     """Does what was asked since the last dispatch."""

@@ -239,9 +239,8 @@ class C3POScheduler:
     slots = frozenset(slots)
     if slots == self._slots:
       return
-    gone = self._slots - slots
     self._slots = slots
-    for uid in [uid for uid, slot in self._slot_of.items() if slot in gone]:
+    for uid in [uid for uid, slot in self._slot_of.items() if slot not in slots]:
       rollout = self._pool[uid]
       rollout.losses += 1
       if rollout.losses > 1:
