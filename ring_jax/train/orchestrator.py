@@ -38,8 +38,10 @@ from ring_jax.train.stream import ProblemStream
 from ring_jax.train.switching import Switch
 from ring_jax.train.turns import Turns
 from rollout.driver import Clock, RolloutDriver
+from rollout.engine import RingEngine
 from rollout.iteration import IterationResult
 from rollout.probe import EngineProbe
+from rollout.remote.pool import WorkerPool
 from rollout.worker import EngineWorker
 from sharding import processes
 
@@ -93,7 +95,8 @@ class Orchestrator:
     name: str,
     roles: Roles,
     turns: Turns,
-    worker: EngineWorker,
+    engine: RingEngine,
+    worker: EngineWorker | WorkerPool,
     driver: RolloutDriver,
     score: Score,
     stream: ProblemStream,
@@ -101,10 +104,11 @@ class Orchestrator:
     span: Callable[..., contextlib.AbstractContextManager[Span]],
   ):
     self._phase = config.phase(name)
-    self._roles, self._engine, self._driver, self._stream, self._span = roles, worker.engine, driver, stream, span
+    self._roles, self._engine, self._driver, self._stream, self._span = roles, engine, driver, stream, span
     self._judge = Judges(config, name, roles, turns, score)
     self._learner = Learner(name, self._phase, config.packing, config.seed, roles, turns)
-    self._shared = roles.placement.share(Role.ROLLOUT, Role.ACTOR)
+    self._remote = config.rollout.is_remote
+    self._shared = not self._remote and roles.placement.share(Role.ROLLOUT, Role.ACTOR)
     shadowed = Role.CRITIC not in self._phase.roles or roles.judge is Role.SHADOW_CRITIC
     self._overlaps = not self._shared and shadowed and processes.group().count == 1
     switches = self._shared and config.placement.switching is Switching.HOST
@@ -177,6 +181,9 @@ class Orchestrator:
     stored = jax.block_until_ready(self._engine.load_params(weights.actor, version))
     if self._probe is not None:
       self._probe(weights.actor, stored, version)
+    if self._remote:
+      # In host memory, as a worker may join at any time, and the trainer donates its arrays to the next step.
+      stored = jax.tree.map(np.array, stored)
     if weights.critic is None or self._roles.judge is Role.CRITIC:
       return stored, weights.critic
     return stored, self._roles.hand_over(weights.critic, Role.SHADOW_CRITIC, version)

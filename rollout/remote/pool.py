@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
+from configs.rollout import check_address
 from rollout.engine import RingEngine
 from rollout.remote import wire
 from rollout.remote import worker_pb2 as pb
@@ -88,7 +89,6 @@ class WorkerPool:
     self._told = time.monotonic()  # that there is no worker
     self._keepers: dict[str, threading.Thread] = {}
     for address in addresses:
-      wire.check_address(address, "rollout.workers")
       self._add(address)
     if file:
       self._start(self._read, pathlib.Path(file))
@@ -249,7 +249,7 @@ class WorkerPool:
       try:
         for line in path.read_text().split("\n") if path.exists() else ():
           if line.strip() and not line.startswith("#"):
-            wire.check_address(line.strip(), str(path))
+            check_address(line.strip(), str(path))
             self._add(line.strip())
       except (OSError, ValueError) as error:
         if str(error) != said:

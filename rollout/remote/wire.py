@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from configs.base import ConfigError, require
+from configs.base import require
 from rollout.remote import worker_pb2 as pb
 
 PROTOCOL = 1
@@ -106,14 +106,6 @@ def is_authorized(metadata: Sequence[tuple[str, str | bytes]], token: str) -> bo
   given = next((value for key, value in metadata if key == _HEADER), "")
   given = given if isinstance(given, bytes) else given.encode()
   return not token or hmac.compare_digest(given, f"Bearer {token}".encode())
-
-
-def check_address(address: str, where: str) -> None:
-  """Raises ConfigError: it is not HOST:PORT."""
-  host, _, port = address.rpartition(":")
-  good = bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16 and not set(address) & set(" /,")
-  if not good:
-    raise ConfigError(f"{where}={address!r}: must be HOST:PORT, as in 10.0.0.7:8470")
 
 
 def digest(value: Any) -> str:
