@@ -88,6 +88,7 @@ class WorkerPool:
     self._closing = threading.Event()
     self._told = time.monotonic()  # that there is no worker
     self._keepers: dict[str, threading.Thread] = {}
+    self._connections: dict[str, RemoteWorker] = {}  # by address, with slots or without yet
     for address in addresses:
       self._add(address)
     if file:
@@ -98,7 +99,7 @@ class WorkerPool:
     self._closing.set()
     with self._changed:
       self._changed.notify_all()
-    for worker in list(self._members):
+    for worker in list(self._connections.values()):
       worker.close()
     for keeper in list(self._keepers.values()):
       keeper.join(self._patience.call)
@@ -260,7 +261,7 @@ class WorkerPool:
   def _keep(self, address: str) -> None:
     said = ""
     while not self._closing.is_set():
-      worker = RemoteWorker(
+      worker = self._connections[address] = RemoteWorker(
         address, self._token, self._vocab_size, chunk_bytes=self._chunk_bytes, seconds=self._patience.call,
         on_message=lambda *message: self._inbox.put(message),
       )  # fmt: skip

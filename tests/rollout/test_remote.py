@@ -1,6 +1,5 @@
-"""The wire, by both ends in one process: answers that are right, and everything that either end may do wrong."""
+"""What a worker takes: sessions, jobs, weights; and everything that may be wrong with them."""
 
-import asyncio
 import contextlib
 import dataclasses
 import queue
@@ -15,34 +14,27 @@ import pytest
 
 from configs.base import ConfigError
 from configs.ring_tiny import get_config
-from configs.schema import KVPolicy, PlacementConfig, RolloutDtype, Strategy, Switching, Unit
+from configs.schema import PlacementConfig, RolloutDtype, Strategy, Switching
 from ring_jax import model as ring_model
 from ring_jax.checkpoint import hf
-from ring_jax.records import FinishReason
-from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.remote import wire
 from rollout.remote import worker_pb2 as pb
-from rollout.remote.client import RemoteWorker, WorkerLost
-from rollout.remote.pool import Patience, WorkerPool
-from rollout.remote.server import add_rl_service, serve
+from rollout.remote.server import serve
 from rollout.remote.stream import HostWeights, Receiver, parts
-from rollout.scheduler import C3POScheduler
-from rollout.service import EngineService, Request
 from rollout.worker import EngineWorker, Job
 from sharding.transfer.plan import named_leaves
-
-MODEL = dataclasses.replace(get_config().model, hidden_size=32, num_hidden_layers=2, intermediate_size=64)
-CONFIG = dataclasses.replace(
-  get_config().rollout, slots=4, pool=16, group_size=2, unit=Unit.ROLLOUT, max_tokens=24, max_prompt_tokens=40, token_budget=150,
-  steps_per_dispatch=2, prefill_batch=2,
-)  # fmt: skip
-MASK = np.arange(MODEL.vocab_size) < 40
-EOS = (7, 8)
-ENGINE = RingEngine(MODEL, CONFIG, eos_ids=EOS, vocab_mask_V=MASK, seed=1)
-SETTINGS = {name: wire.digest(value) for name, value in ENGINE.settings().items()}
-TOKEN = "a token of the tests"
-IMPATIENT = Patience(call=20, health=0.2, retry=0.2, turn=0.2, stall=120, update=120)
+from tests.rollout.remote_cases import (
+  CONFIG,
+  ENGINE,
+  EOS,
+  MASK,
+  MODEL,
+  TOKEN,
+  pool_of,
+  started,
+  wait_until,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,84 +42,10 @@ def versions():
   return [jax.device_get(ENGINE.load_params(ring_model.init_params(MODEL, seed))) for seed in range(2)]
 
 
-@contextlib.contextmanager
-def started(engine=ENGINE, token=TOKEN, **options):
-  """A server with an engine of its own: the service and its port."""
-  service = EngineService(EngineWorker(engine), None, -1, max_waiting=16)
-  server, port = serve(service, token=token, **options)
-  try:
-    yield service, port
-  finally:
-    server.stop(grace=None).wait()
-    service.close()
-
-
 @pytest.fixture
 def worker():
   with started() as found:
     yield found
-
-
-@contextlib.contextmanager
-def pool_of(*ports, engine=ENGINE, token=TOKEN, **options):
-  pool = WorkerPool([f"127.0.0.1:{port}" for port in ports], engine, token=token, patience=IMPATIENT, **options)
-  try:
-    yield pool
-  finally:
-    pool.close()
-
-
-def wait_until(condition, seconds=120):
-  deadline = time.monotonic() + seconds
-  while not condition() and time.monotonic() < deadline:
-    time.sleep(0.01)
-  assert condition()
-
-
-class Prompts:
-  """Endless prompts, each a function of its index."""
-
-  def __init__(self):
-    self.cursor = 0
-
-  def __call__(self, count):
-    first, self.cursor = self.cursor, self.cursor + count
-    return [(i, np.random.default_rng(i).integers(10, 40, 3 + i % 5).tolist()) for i in range(first, self.cursor)]
-
-
-def answers(worker, versions, numbers=(0,), config=CONFIG, limit=8):
-  """What the rollouts of `limit` prompts draw under the versions given, one an iteration; all of them end in the last."""
-  scheduler, source = C3POScheduler(config), Prompts()
-  driver = RolloutDriver(worker, scheduler, config.max_tokens)
-  take = lambda count: source(min(count, limit - source.cursor))  # noqa: E731
-  found = []
-  for number in numbers:
-    found += driver.iterate(versions[number], number, take)[0].rollouts
-  while scheduler.in_flight:
-    found += driver.iterate(versions[numbers[-1]], numbers[-1], take)[0].rollouts
-  return {rollout.uid: rollout for rollout in found}, scheduler
-
-
-def same(one, other):
-  assert one.keys() == other.keys() and one
-  for uid in one:
-    assert one[uid].tokens == other[uid].tokens and one[uid].versions == other[uid].versions, uid
-    np.testing.assert_allclose(one[uid].logps, other[uid].logps, rtol=0, atol=1e-5)
-    assert one[uid].finish_reason == other[uid].finish_reason
-
-
-def test_two_workers_draw_what_one_engine_of_this_process_does(versions):
-  expected, _ = answers(EngineWorker(ENGINE), versions)
-  with started() as (_, one), started() as (_, other), pool_of(one, other) as pool:
-    found, scheduler = answers(pool, versions)
-    assert len(pool.slots) == 8 and len(pool.workers) == 2
-  same(expected, found)
-  assert {rollout.finish_reason for rollout in found.values()} == {FinishReason.STOP, FinishReason.LENGTH}
-  assert scheduler.totals.redispatched == 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What a worker takes
 
 
 class Client:
@@ -465,221 +383,7 @@ def test_checkpoints_below_the_root_and_nowhere_else(tmp_path, versions):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a trainer believes
-
-
-@pytest.mark.parametrize(
-  ("change", "text"),
-  [
-    ({"id": 7}, "never sent"),
-    ({"uid": 4}, "answers for uid 4, not 3"),
-    ({"tokens": [11, 12, MODEL.vocab_size]}, "the vocabulary has"),
-    ({"logps": [-1.0]}, "2 tokens, but 1 log-probs"),
-    ({"logps": [-1.0, float("nan")]}, "a log-prob that is none"),
-    ({"logps": [-1.0, 0.5]}, "a log-prob that is none"),
-    ({"logps": [-1.0, float("-inf")]}, "a log-prob that is none"),
-    ({"tokens": [11] * 6, "logps": [-1.0] * 6}, "6 tokens, 5 were asked for"),
-    ({"state": pb.LENGTH}, "2 tokens, 5 were asked for"),
-    ({"state": pb.STOP, "tokens": [], "logps": []}, "ended without a token"),
-    ({"state": pb.ABORTED, "error": "the engine failed: out of memory"}, "gave up: the engine failed"),
-    ({"state": 77}, "state 77 is none"),
-    ({"version": 1}, "version 1, from 2 to 2"),
-    ({"version": 3}, "version 3, from 2 to 2"),
-  ],
-  ids=str,
-)
-def test_an_answer_that_cannot_be_is_the_worker_s_end(change, text):
-  worker = RemoteWorker("127.0.0.1:1", "", MODEL.vocab_size, on_message=lambda *_: None)
-  worker.version = worker._given = 2
-  good = {"id": 0, "uid": 3, "tokens": [11, 12], "logps": [-1.0, -0.5], "version": 2}
-  try:
-    worker.submit([Job(9, 3, [11], 5)])
-    bad = pb.Progress(**good | change)
-    if len(bad.tokens) != len(bad.logps) and "log-probs" not in text:
-      bad.logps[:] = [-1.0] * len(bad.tokens)
-    with pytest.raises(WorkerLost, match=text):
-      worker.take(pb.FromWorker(progress=[bad]))
-  finally:
-    worker.close()
-
-
-def test_answers_are_taken_up_to_their_end_and_not_beyond():
-  worker = RemoteWorker("127.0.0.1:1", "", MODEL.vocab_size, on_message=lambda *_: None)
-  worker.version = worker._given = 2
-  say = lambda id, **what: worker.take(  # noqa: E731
-    pb.FromWorker(progress=[pb.Progress(**{"id": id, "uid": 3, "tokens": [11], "logps": [-1.0], "version": 2} | what)])
-  )
-  try:
-    worker.submit([Job(9, 3, [11], 5), Job(8, 3, [11], 1)])
-    assert worker.running == {9: 3, 8: 3}
-    assert say(1, state=pb.LENGTH).drawn[0].reason is FinishReason.LENGTH and worker.running == {9: 3}
-    assert say(0).drawn[0][:3] == (9, 3, [11])
-    worker._given = 3
-    assert say(0, version=3).drawn[0].version == 3
-    with pytest.raises(WorkerLost, match="version 2, from 3 to 3"):
-      say(0, version=2)
-    worker.abort([9])
-    assert say(0) == ([], []) and not worker.running  # given up before the worker knew
-    worker.submit([Job(9, 4, [11], 5)])
-    assert say(2, uid=4, state=pb.REFUSED, tokens=[], logps=[]).evicted == [9] and not worker.running
-  finally:
-    worker.close()
-
-
-def test_a_worker_that_lies_is_dropped_and_its_rollouts_go_on(versions, caplog):
-  expected, _ = answers(EngineWorker(ENGINE), versions)
-  with started() as (liar, bad), started() as (_, good):
-    submit, told = liar.submit, []
-
-    def lie(request, listener):
-      def twisted(update):
-        told.append(update)
-        strange = [MODEL.vocab_size] * len(update.tokens)
-        listener(dataclasses.replace(update, tokens=strange) if len(told) > 9 else update)
-
-      return submit(request, twisted)
-
-    liar.submit = lie
-    with pool_of(bad, good) as pool:
-      wait_until_both(pool, versions)
-      found, scheduler = answers(pool, versions)
-      assert f"127.0.0.1:{bad} is lost (job" in caplog.text and "the vocabulary has" in caplog.text
-  assert scheduler.totals.redispatched >= 1 and scheduler.totals.aborted == 0
-  assert {uid: rollout.tokens for uid, rollout in found.items()} == {uid: one.tokens for uid, one in expected.items()}
-
-
-def wait_until_both(pool, versions):
-  pool.begin(versions[0], 0, [])
-  wait_until(lambda: (pool.advance([]), len(pool.workers) == 2)[1])
-
-
-@pytest.mark.parametrize("silent", ["health", "engine"])
-def test_a_worker_that_hangs_is_dropped(versions, silent, caplog):
-  expected, _ = answers(EngineWorker(ENGINE), versions)
-  patience = dataclasses.replace(IMPATIENT, call=2 if silent == "health" else 20, stall=2, retry=60)
-  with started() as (hung, bad), started() as (_, good):
-    go, advance = threading.Event(), hung._worker.advance
-    if silent == "engine":
-      hung._worker.advance = lambda jobs: (go.wait(60), advance(jobs))[1]
-    pool = WorkerPool([f"127.0.0.1:{port}" for port in (bad, good)], ENGINE, token=TOKEN, patience=patience)
-    try:
-      wait_until_both(pool, versions)
-      if silent == "health":
-        stats = hung.stats
-        hung.stats = lambda: (go.wait(60), stats())[1]
-        hung._worker.advance = lambda jobs: (go.wait(60), advance(jobs))[1]
-      found, scheduler = answers(pool, versions)
-    finally:
-      go.set()
-      pool.close()
-  says = "DEADLINE_EXCEEDED" if silent == "health" else "nothing came of"
-  assert says in caplog.text and scheduler.totals.redispatched >= 1
-  assert {uid: rollout.tokens for uid, rollout in found.items()} == {uid: one.tokens for uid, one in expected.items()}
-
-
-def test_a_worker_of_another_config_is_refused(worker, versions, caplog):
-  other = RingEngine(MODEL, dataclasses.replace(CONFIG, temperature=0.5), eos_ids=(7,), vocab_mask_V=MASK, seed=2)
-  with pool_of(worker[1], engine=other) as pool:
-    wait_until(lambda: "does not join" in caplog.text)
-    assert not pool.slots
-  assert "was started with another config: eos_ids, sampling differ" in caplog.text
-
-
-def test_slots_and_layout_are_the_worker_s_own(versions):
-  expected, _ = answers(EngineWorker(ENGINE), versions)
-  other = dataclasses.replace(CONFIG, slots=2, steps_per_dispatch=3, prefill_batch=4, page_size=16)
-  with started(RingEngine(MODEL, other, eos_ids=EOS, vocab_mask_V=MASK, seed=1)) as (_, port), pool_of(port) as pool:
-    found, _ = answers(pool, versions)
-    assert len(pool.slots) == 2
-  same(expected, found)
-
-
-def test_a_full_queue_gives_the_slot_back(versions):
-  service = EngineService(EngineWorker(ENGINE), None, -1, max_waiting=0)
-  server, port = serve(service, token=TOKEN)
-  try:
-    with pool_of(port) as pool:
-      pool.begin(versions[0], 0, [])
-      wait_until(lambda: (pool.advance([]), len(pool.slots) == 4)[1])
-      service.pause()
-      other = [service.submit(request_of(i), lambda update: None) for i in range(3)]  # another front's
-      seen = pool.advance([Job(slot, slot, [11, 12], 3) for slot in pool.slots])
-      while len(seen.evicted) < 3:
-        seen.evicted += pool.advance([]).evicted
-      assert len(set(seen.evicted)) == 3
-      for number in other:
-        service.abort(number)
-  finally:
-    server.stop(grace=None).wait()
-    service.close()
-
-
-def request_of(uid):
-  return Request([11, 12], 3, uid)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys and values that are kept
-
-
-def test_kept_keys_and_values_decode_on_under_new_weights(versions):
-  config = dataclasses.replace(CONFIG, kv_policy=KVPolicy.KEEP)
-  engine = RingEngine(MODEL, config, eos_ids=(), vocab_mask_V=MASK, seed=1)
-  with started(engine) as (service, port), pool_of(port, engine=engine) as pool:
-    pool.begin(versions[0], 0, [])
-    wait_until(lambda: (pool.advance([]), len(pool.slots) == 4)[1])
-    jobs = [Job(slot, 20 + slot, [11, 12, 13 + slot], 50) for slot in sorted(pool.slots)]
-    drawn = pool.advance(jobs[:3]).drawn
-    while not any(one.slot == jobs[0].slot for one in drawn):
-      drawn += pool.advance([]).drawn
-    # The third is given up; the fourth is said to run, and does not: as after a restart of the trainer.
-    pool.begin(versions[1], 1, [jobs[0], jobs[1], jobs[3]])
-    wait_until(lambda: drawn.extend(pool.advance([]).drawn) or sum(one.reason is not None for one in drawn) == 3)
-  for job in (jobs[0], jobs[1], jobs[3]):
-    own = [one for one in drawn if one.slot == job.slot]
-    before = sum(len(one.tokens) for one in own if one.version == 0)
-    assert [one.version for one in own] == sorted(one.version for one in own)
-    assert (before > 0) == (job is not jobs[3]) and sum(len(one.tokens) for one in own) == 50
-    local, again = EngineWorker(engine), []
-    local.begin(versions[0] if before else versions[1], 0, [])
-    while sum(len(one.tokens) for one in again) < 50:
-      again += local.advance([] if again else [job]).drawn
-      if sum(len(one.tokens) for one in again) == before:
-        local.load(versions[1], 1)
-    assert [token for one in again for token in one.tokens] == [token for one in own for token in one.tokens]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where it stands, and who may come
-
-
-def test_the_service_stands_on_an_asyncio_server_too(versions):
-  expected, _ = answers(EngineWorker(ENGINE), versions, limit=2)
-  service, ports = EngineService(EngineWorker(ENGINE), None, -1, max_waiting=16), queue.SimpleQueue()
-  loop = asyncio.new_event_loop()
-
-  async def run():
-    server = grpc.aio.server(
-      migration_thread_pool=futures.ThreadPoolExecutor(8), options=wire.channel_options(wire.CHUNK_BYTES)
-    )
-    add_rl_service(server, service, token=TOKEN)
-    ports.put((server.add_insecure_port("127.0.0.1:0"), server))
-    await server.start()
-
-  thread = threading.Thread(target=loop.run_forever, daemon=True)
-  thread.start()
-  asyncio.run_coroutine_threadsafe(run(), loop).result(60)
-  port, server = ports.get()
-  try:
-    with pool_of(port) as pool:
-      found, _ = answers(pool, versions, limit=2)
-    wait_until(lambda: not service.stats().running)
-  finally:
-    asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(60)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(60)
-    service.close()
-  same(expected, found)
+# Who may come
 
 
 def test_who_listens_beyond_loopback_has_a_token_and_a_port_has_one_server(worker):
@@ -719,18 +423,7 @@ def test_what_contradicts_workers_is_said():
   host = dataclasses.replace(run.placement, switching=Switching.HOST)
   with pytest.raises(ConfigError, match=r"placement\.switching=host"):
     dataclasses.replace(run, rollout=remote, placement=host)
-  apart = PlacementConfig(strategy=Strategy.DISAGGREGATED, devices={"actor": (0, 1), "rollout": (1, 2)})
+  apart = PlacementConfig(strategy=Strategy.EXPLICIT, devices={"actor": "0:1", "rollout": "1:2"})
   dataclasses.replace(run, placement=apart)
   with pytest.raises(ConfigError, match=r"would be idle"):
     dataclasses.replace(run, rollout=remote, placement=apart)
-
-
-def test_a_file_of_addresses_is_read_again_and_again(worker, versions, tmp_path, caplog):
-  path = tmp_path / "addresses"
-  with pool_of(file=str(path)) as pool:
-    pool.begin(versions[0], 0, [])
-    path.write_text("nonsense\n")
-    wait_until(lambda: "'nonsense': must be HOST:PORT" in caplog.text)
-    assert not pool.advance([]).drawn and not pool.slots
-    path.write_text(f"# workers\n\n127.0.0.1:{worker[1]}\n")
-    wait_until(lambda: (pool.advance([]), len(pool.slots) == 4)[1])
