@@ -21,6 +21,7 @@ from configs.schema import RunConfig, require
 from ring_jax.data.tasks import TaskSet
 from ring_jax.train.assets import check_vocabulary, prepare_tokenizer
 from rollout.engine import RingEngine
+from rollout.remote import wire
 from rollout.remote.server import serve
 from rollout.service import EngineService
 from rollout.worker import EngineWorker
@@ -37,7 +38,7 @@ class Settings:
   host: str = "127.0.0.1"
   port: int = 0  # 0: one that is free
   token: str = ""
-  chunk_bytes: int = 64 << 20
+  chunk_bytes: int = wire.CHUNK_BYTES
   checkpoint_root: str | None = None
   announce: str = ""  # a file to which the address is added
   advertise: str = ""  # the host by which others reach this one; empty: as `host` says

@@ -171,14 +171,19 @@ class RemoteWorker:
 
   def submit(self, jobs: Sequence[Job]) -> None:
     """Slots are names that the caller gives."""
-    messages = []
+    messages, size = [], 0
     for job in jobs:
       id, self._next_id = self._next_id, self._next_id + 1
       self._sent[id], self._id_of[job.slot] = _Sent(job, self.version), id
       sampling = None if job.sampling is None else pb.Sampling(**job.sampling._asdict())
       messages.append(pb.Job(id=id, uid=job.uid, tokens=job.tokens, max_tokens=job.max_tokens, sampling=sampling))
+      size += messages[-1].ByteSize()
+      if size >= wire.MESSAGE_BYTES:
+        self._outbox.put(pb.ToWorker(jobs=pb.Jobs(jobs=messages)))
+        messages, size = [], 0
+    if messages:
+      self._outbox.put(pb.ToWorker(jobs=pb.Jobs(jobs=messages)))
     self.last_heard = time.monotonic()
-    self._outbox.put(pb.ToWorker(jobs=pb.Jobs(jobs=messages)))
 
   def abort(self, slots: Collection[int]) -> None:
     """What still comes of them is not listened to."""

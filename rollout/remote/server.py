@@ -303,10 +303,11 @@ class _Session:
       self._outbox.put(None)
 
   def spoken(self) -> Iterator[pb.FromWorker]:
-    """What the client hears; all that is there in one message."""
+    """What the client hears; all that is there in one message, up to a size."""
     while True:
-      found = [self._outbox.get()]
-      while not self._outbox.empty():
+      found, size = [self._outbox.get()], 0
+      while found[-1] is not None and not self._outbox.empty() and size < wire.MESSAGE_BYTES:
+        size += found[-1].ByteSize()
         found.append(self._outbox.get())
       progress = [one for one in found if one is not None]
       with self._lock:

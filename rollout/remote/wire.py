@@ -21,9 +21,12 @@ from rollout.remote import worker_pb2 as pb
 PROTOCOL = 1
 SERVICE = pb.DESCRIPTOR.services_by_name["RolloutWorker"].full_name
 TOKEN_VARIABLE = "RING_JAX_WORKER_TOKEN"
-CHUNK_BYTES = 64 << 20  # of weights in one message
-LARGEST_CHUNK_BYTES = 1 << 30  # protobuf ends at 2 GiB
-_OVERHEAD_BYTES = 1 << 20  # of a message around its chunk
+CHUNK_BYTES = (
+  4 << 20
+)  # of weights in one message: at 64 MiB gRPC and protobuf take four times the processor time a byte
+LARGEST_CHUNK_BYTES = 64 << 20
+MESSAGE_BYTES = 1 << 20  # at which messages with jobs or tokens are cut
+_OVERHEAD_BYTES = 4 << 20  # a message beside its chunk; one job with what was cut before it
 _HEADER = "authorization"
 _PING_MS, _PONG_MS = 10_000, 10_000  # a host that lost its power closes nothing: it is gone after 20 s
 

@@ -196,7 +196,7 @@ def test_a_run_loses_a_worker_and_the_worker_that_is_left_outlives_the_trainer(w
     assert trainer.poll() is None, log.read_text()
     assert victim.health().drawn_tokens > 0
     victim.stop()
-    wait_until(lambda: len(records(workdir)) >= 3 or trainer.poll() is not None, 300)
+    wait_until(lambda: len(records(workdir)) >= 2 or trainer.poll() is not None, 300)
     assert trainer.poll() is None, log.read_text()
     assert f"rollout worker {victim.address} is lost" in log.read_text()
     trainer.send_signal(signal.SIGKILL)
@@ -208,7 +208,7 @@ def test_a_run_loses_a_worker_and_the_worker_that_is_left_outlives_the_trainer(w
     trainer.kill()
   done = records(workdir)
   assert "resuming after step" in log.read_text() and "not reproducible" in log.read_text()
-  assert [record["version"] for record in done if "version" in record] == list(range(5))
+  assert [record["version"] for record in done if "version" in record] == list(range(4))
   # What the engine said of its tokens is what the trainer says of them: the weights are there, and are the right ones.
   fresh = [record for record in done if record.get("scheduler/staleness_max") == 0]
   assert fresh and all(record["mismatch/delta_max"] <= 1e-5 for record in fresh)
