@@ -239,8 +239,9 @@ class C3POScheduler:
     slots = frozenset(slots)
     if slots == self._slots:
       return
+    gone = self._slots - slots
     self._slots = slots
-    for uid in [uid for uid, slot in self._slot_of.items() if slot not in slots]:
+    for uid in [uid for uid, slot in self._slot_of.items() if slot in gone]:
       rollout = self._pool[uid]
       rollout.losses += 1
       if rollout.losses > 1:
@@ -324,6 +325,7 @@ class C3POScheduler:
     self._counted = state["counted"]
     self._pool = {rollout.uid: rollout for rollout in self._load(state["pool"])}
     self._slot_of = {uid: slot for slot, uid in state["slots"]}
+    self._slots |= set(self._slot_of.values())  # until `set_slots` says that they are gone
     self._free = sorted(self._slots - set(self._slot_of.values()))
     self._groups = {
       entry["group"]: _Group(entry["unfinished"], self._load(entry["finished"])) for entry in state["groups"]

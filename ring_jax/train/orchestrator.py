@@ -42,6 +42,7 @@ from rollout.engine import RingEngine
 from rollout.iteration import IterationResult
 from rollout.probe import EngineProbe
 from rollout.remote.pool import WorkerPool
+from rollout.remote.shared import SharedPool
 from rollout.worker import EngineWorker
 from sharding import processes
 
@@ -96,7 +97,7 @@ class Orchestrator:
     roles: Roles,
     turns: Turns,
     engine: RingEngine,
-    worker: EngineWorker | WorkerPool,
+    worker: EngineWorker | WorkerPool | SharedPool,
     driver: RolloutDriver,
     score: Score,
     stream: ProblemStream,
@@ -183,7 +184,7 @@ class Orchestrator:
       self._probe(weights.actor, stored, version)
     if self._remote:
       # In host memory, as a worker may join at any time, and the trainer donates its arrays to the next step.
-      stored = jax.tree.map(np.array, stored)
+      stored = jax.tree.map(np.array, processes.fetch(stored))
     if weights.critic is None or self._roles.judge is Role.CRITIC:
       return stored, weights.critic
     return stored, self._roles.hand_over(weights.critic, Role.SHADOW_CRITIC, version)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from configs.placement import num_devices
-from configs.schema import Role, RunConfig, require
+from configs.schema import Role, RolloutConfig, RunConfig
 from ring_jax.checkpoint.store import Restored
 from ring_jax.data.preferences import Pair, Preferences
 from ring_jax.data.tasks import Problem
@@ -28,6 +28,7 @@ from rollout.engine import RingEngine
 from rollout.probe import EngineProbe
 from rollout.remote import wire
 from rollout.remote.pool import WorkerPool
+from rollout.remote.shared import SharedPool
 from rollout.scheduler import C3POScheduler
 from rollout.worker import EngineWorker
 from sharding import processes
@@ -46,7 +47,7 @@ class Parts:
   scorer: Scorer
   roles: Roles
   scheduler: C3POScheduler
-  worker: EngineWorker | WorkerPool
+  worker: EngineWorker | WorkerPool | SharedPool
   streams: dict[str, ProblemStream | PairStream]
   sft: SFTPhase
   reward: RewardModelPhase | None  # None: the run has none
@@ -71,11 +72,7 @@ class Parts:
     )  # fmt: skip
     scheduler = C3POScheduler(config.rollout)
     if config.rollout.is_remote:
-      require(
-        processes.group().count == 1,
-        "rollout.workers: each process of a job would hear other answers first; train in one process (or Pathways)",
-      )
-      worker = WorkerPool(config.rollout.workers, engine, token=wire.read_token(), file=config.rollout.workers_file)
+      worker = _remote(config.rollout, engine)
     else:
       worker = EngineWorker(engine, lambda: turns.of(Role.ROLLOUT))
     driver = RolloutDriver(worker, scheduler, config.rollout.max_tokens)
@@ -104,7 +101,7 @@ class Parts:
 
   def close(self) -> None:
     """Lets go of rollout workers in other processes."""
-    if isinstance(self.worker, WorkerPool):
+    if not isinstance(self.worker, EngineWorker):
       self.worker.close()
 
   # ---- weights
@@ -187,3 +184,10 @@ class Parts:
     if phase != "done":
       return phase
     return "rlhf" if self.config.rlhf.steps else "rl"
+
+
+def _remote(config: RolloutConfig, engine: RingEngine) -> WorkerPool | SharedPool:
+  group, pool = processes.group(), None
+  if group.is_first:
+    pool = WorkerPool(config.workers, engine, token=wire.read_token(), file=config.workers_file)
+  return pool if group.count == 1 else SharedPool(pool, group)

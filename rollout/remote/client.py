@@ -162,6 +162,10 @@ class RemoteWorker:
       wire.LOAD.of_client(self._channel)(request, metadata=self._metadata, timeout=seconds)
     self.version = version
 
+  @property
+  def has_jobs(self) -> bool:
+    return bool(self._sent)
+
   # ---- jobs, of the driver's thread
 
   @property

@@ -43,7 +43,7 @@ class Patience:
 
   call: float = 10.0  # for an answer to a short call; a health check that goes without is the end of a worker
   health: float = 5.0  # between two health checks
-  stall: float = 1800.0  # for tokens, while the worker says that it has jobs; its first compilation counts
+  stall: float = 1800.0  # for tokens of the jobs that a worker has; its first compilation counts
   update: float = 1800.0  # for new weights to be in use
   retry: float = 5.0  # between two attempts to reach an address, and looks at the file of addresses
   turn: float = 0.5  # of one `advance` in which nothing comes
@@ -317,5 +317,5 @@ class WorkerPool:
       if report.error:
         raise WorkerLost(report.error[:200])
       silence = time.monotonic() - worker.last_heard
-      if report.running and not report.paused and silence > self._patience.stall:
-        raise WorkerLost(f"nothing came of {report.running} jobs for {silence:.0f} s")
+      if worker.has_jobs and not report.paused and silence > self._patience.stall:
+        raise WorkerLost(f"nothing came of its jobs for {silence:.0f} s")

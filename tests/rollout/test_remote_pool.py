@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import queue
+import socket
 import threading
 from concurrent import futures
 
@@ -19,8 +20,10 @@ from rollout.remote import worker_pb2 as pb
 from rollout.remote.client import RemoteWorker, WorkerLost
 from rollout.remote.pool import WorkerPool
 from rollout.remote.server import add_rl_service, serve
+from rollout.remote.shared import SharedPool
 from rollout.service import EngineService, Request
 from rollout.worker import EngineWorker, Job
+from sharding import processes
 from tests.rollout.remote_cases import (
   CONFIG,
   ENGINE,
@@ -286,3 +289,24 @@ def test_a_file_of_addresses_is_read_again_and_again(worker, versions, tmp_path,
     assert not pool.advance([]).drawn and not pool.slots
     path.write_text(f"# workers\n\n127.0.0.1:{worker[1]}\n")
     wait_until(lambda: (pool.advance([]), len(pool.slots) == 4)[1])
+
+
+def test_all_processes_of_a_trainer_hear_the_same(worker, versions):
+  expected, _ = answers(EngineWorker(ENGINE), versions)
+  with socket.create_server(("127.0.0.1", 0)) as free:
+    coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+
+  def trainer(index, pool):
+    group = processes.meet(coordinator, 2, index, {}, 60)
+    try:
+      return answers(SharedPool(pool, group), versions)
+    finally:
+      group.leave()
+
+  with pool_of(worker[1]) as pool, futures.ThreadPoolExecutor(2) as both:
+    (one, first), (other, second) = both.map(trainer, (0, 1), (pool, None))
+  same(expected, one)
+  assert {uid: rollout.to_dict() for uid, rollout in one.items()} == {
+    uid: rollout.to_dict() for uid, rollout in other.items()
+  }
+  assert first.totals == second.totals
