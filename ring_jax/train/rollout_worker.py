@@ -22,7 +22,7 @@ from ring_jax.data.tasks import TaskSet
 from ring_jax.train.assets import check_vocabulary, prepare_tokenizer
 from rollout.engine import RingEngine
 from rollout.remote import wire
-from rollout.remote.server import serve
+from rollout.remote.server import check_host, serve
 from rollout.service import EngineService
 from rollout.worker import EngineWorker
 from sharding.mesh import make_mesh
@@ -42,6 +42,9 @@ class Settings:
   checkpoint_root: str | None = None
   announce: str = ""  # a file to which the address is added
   advertise: str = ""  # the host by which others reach this one; empty: as `host` says
+
+  def __post_init__(self):
+    check_host(self.host, self.token)  # before the engine, which takes its time
 
 
 def config_of(folder: str) -> RunConfig:

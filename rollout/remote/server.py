@@ -28,7 +28,7 @@ from typing import Any
 import grpc
 import jax
 
-from configs.base import require
+from configs.base import ConfigError, require
 from ring_jax.checkpoint.errors import CheckpointError
 from ring_jax.checkpoint.resolve import open_checkpoint
 from ring_jax.records import FinishReason
@@ -102,10 +102,7 @@ def serve(
   Raises:
     ConfigError: the address cannot be used, or would be open to others without a token.
   """
-  require(
-    bool(token) or host in ("localhost", "::1") or host.startswith("127."),
-    f"--host={host}: whoever can reach it could use this worker; set a token ({wire.TOKEN_VARIABLE} or --token_file)",
-  )
+  check_host(host, token)
   # More calls than threads would wait in line without a word, health checks behind whatever came first.
   server = grpc.server(
     futures.ThreadPoolExecutor(_THREADS, "rl-service"), options=wire.channel_options(chunk_bytes),
@@ -120,6 +117,14 @@ def serve(
   require(bound != 0, f"{address}: cannot be listened on (taken, or not an address of this host)")
   server.start()
   return server, bound
+
+
+def check_host(host: str, token: str) -> None:
+  """Raises ConfigError: it is open to others, and there is no token."""
+  require(
+    bool(token) or host in ("localhost", "::1") or host.startswith("127."),
+    f"--host={host}: whoever can reach it could use this worker; set a token ({wire.TOKEN_VARIABLE} or --token_file)",
+  )
 
 
 def _guarded(function: Callable[..., Any], token: str, method: wire.Method) -> Callable[..., Any]:
@@ -234,7 +239,7 @@ class RLService:
       shardings = (lambda _: placed) if jax.tree.leaves(placed) else None
       try:
         params = open_checkpoint(folder, dtype=engine.model.param_dtype, shardings=shardings).params
-      except (CheckpointError, OSError) as error:
+      except (CheckpointError, ConfigError, OSError) as error:
         raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, str(error)) from None
       describe = lambda tree: [(name, leaf.shape, leaf.dtype) for name, leaf in named_leaves(tree)]  # noqa: E731
       if describe(params) != describe(wanted):

@@ -67,7 +67,7 @@ class Process:
 def workers(tmp_path_factory):
   """Three: two that the tests begin with, and one that will be killed; all start at the same time."""
   folder = tmp_path_factory.mktemp("workers")
-  found = [Process(folder / f"{i}.log") for i in range(3)]
+  found = [Process(folder / f"{i}.log", f"--announce={folder}/announced_{i}") for i in range(3)]
   yield found
   for worker in found:
     worker.stop()
@@ -121,7 +121,7 @@ def test_a_killed_worker_s_rollouts_go_on_elsewhere_and_a_new_worker_gets_work(w
     if victim.process.poll() is None and any(0 < rollout.length < 40 for rollout in running):
       held.extend((rollout.uid, rollout.length) for rollout in running)
       victim.stop()
-      addresses.write_text(f"# joined later\n{late.address}\n")
+      addresses.write_text((late.log.parent / "announced_2").read_text())
 
   try:
     found, scheduler = run(pool, versions[0], on_progress=kill)
@@ -212,3 +212,5 @@ def test_a_run_loses_a_worker_and_the_worker_that_is_left_outlives_the_trainer(w
   # What the engine said of its tokens is what the trainer says of them: the weights are there, and are the right ones.
   fresh = [record for record in done if record.get("scheduler/staleness_max") == 0]
   assert fresh and all(record["mismatch/delta_max"] <= 1e-5 for record in fresh)
+  left.process.terminate()
+  assert left.process.wait(timeout=60) == 0
