@@ -76,6 +76,10 @@ class RolloutConfig:
   event_log: bool = True  # every decision into the workdir's events.jsonl, to be replayed and looked at
   router_replay: bool = False  # the engine records each token's experts, and the actor trains on them (R3)
   parallel: ParallelConfig | None = None  # of the engine; None: as the trainer's (model.parallel)
+  # Rollout workers, HOST:PORT each, with `slots` of their own; none: the engine runs in this process.  With workers the
+  # order of events is a matter of time, so that a run is not reproducible bit for bit (docs/workers.md).
+  workers: tuple[str, ...] = ()
+  workers_file: str = ""  # with more addresses, one a line, read again and again; empty: none
 
   def __post_init__(self):
     for name, kind in (
@@ -99,11 +103,29 @@ class RolloutConfig:
       self.page_size >= 0 and self.page_size & (self.page_size - 1) == 0,
       f"rollout.page_size={self.page_size}: a power of two, or 0",
     )
+    for index, address in enumerate(self.workers):
+      check_address(address, f"rollout.workers.{index}")
     require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be > 0")
     require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p}: from above 0 to 1")
     require(self.top_k >= 0, f"rollout.top_k={self.top_k}: must be at least 0 (0: off)")
+    require(
+      not (self.router_replay and self.is_remote),
+      "rollout.router_replay=true: remote workers do not send the experts of their tokens (rollout.workers)",
+    )
+
+  @property
+  def is_remote(self) -> bool:
+    """Whether other processes decode."""
+    return bool(self.workers or self.workers_file)
 
   @property
   def max_len(self) -> int:
     """Positions that one slot's cache must hold."""
     return self.max_prompt_tokens + self.max_tokens
+
+
+def check_address(address: str, where: str) -> None:
+  """Raises ConfigError: it is not HOST:PORT."""
+  host, _, port = address.rpartition(":")
+  good = bool(host) and port.isdecimal() and 0 < int(port) < 1 << 16 and not set(address) & set(" /,")
+  require(good, f"{where}={address!r}: must be HOST:PORT, as in 10.0.0.7:8470")

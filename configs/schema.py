@@ -248,6 +248,7 @@ class RunConfig:
       self._check_phase(name, phase)
     self._check_parallel()
     self._check_switching()
+    self._check_workers()
     require(
       self.eval.problems <= self.task.held_out_size,
       f"eval.problems={self.eval.problems}: only task.held_out_size={self.task.held_out_size} are held out",
@@ -262,6 +263,21 @@ class RunConfig:
         count <= self.task.held_out_size,
         f"{name}={count}: only task.held_out_size={self.task.held_out_size} are held out",
       )
+
+  def _check_workers(self) -> None:
+    """Where other processes decode, no device of the trainer's is left to the engine alone."""
+    if not self.rollout.is_remote:
+      return
+    require(
+      self.placement.switching is Switching.KEEP,
+      "placement.switching=host makes room for the engine, but rollout.workers decode elsewhere",
+    )
+    seats = self.seats
+    require(
+      set(seats[Role.ROLLOUT].devices) <= set(seats[Role.ACTOR].devices),
+      f"placement.strategy={self.placement.strategy} gives the engine devices that would be idle: rollout.workers decode"
+      " elsewhere",
+    )
 
   def _check_switching(self) -> None:
     if self.placement.switching is Switching.KEEP:

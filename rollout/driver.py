@@ -101,14 +101,17 @@ class RolloutDriver:
       on_ready(scheduler.ready)
       on_progress(clock)
     self._control.end()
-    self._worker.end()
     return self._end(version if trained is None else trained), clock
 
   def _end(self, version: int) -> IterationResult:
-    done = self._scheduler.iteration_done
-    result = self._scheduler.end_iteration(version)
+    scheduler, done = self._scheduler, self._scheduler.iteration_done
+    placed = scheduler.running()
+    result = scheduler.end_iteration(version)
     uids = [rollout.uid for rollout in result.rollouts]
     self._tell(history.End(result.iteration, version, done, result.counted, uids, result.in_flight, result.buffered))
+    # A worker of another process would go on with what the scheduler took back.
+    self._worker.release(placed.keys() - scheduler.running().keys())
+    self._worker.end()
     return result
 
   def _hear(self) -> None:

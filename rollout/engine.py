@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.schema import ModelConfig, RolloutConfig
+from configs.schema import ModelConfig, RolloutConfig, to_dict
 from kernels.attention import DenseCache, PagedCache
 from ring_jax import model as ring_model
 from ring_jax.model import KVCache
@@ -33,6 +33,7 @@ from rollout.jetstream_compat import engine_api, tokenizer_pb2
 from rollout.sampling import SamplingParams, sample
 from sharding import rules
 from sharding.transfer import Keep, WeightLink
+from sharding.transfer.plan import named_leaves
 
 _SMALLEST_BUCKET = 16
 
@@ -194,7 +195,24 @@ class RingEngine(engine_api.Engine):
 
   def abstract_stored(self) -> dict[str, Any]:
     """The weights as the engine stores them: shapes and shardings."""
-    return self.programs.pack.shapes(ring_model.abstract_params(self.model, self._mesh))
+    return self.programs.pack.shapes(self.abstract_params())
+
+  def abstract_params(self) -> ring_model.Params:
+    """The trainer's parameters, laid out on the engine's devices: shapes and shardings."""
+    return ring_model.abstract_params(self.model, self._mesh)
+
+  def settings(self) -> dict[str, Any]:
+    """All that its samples depend on, beside weights and jobs, as plain data: engines that agree draw the same tokens."""
+    how = ("parallel", "remat", "initializer_range", "param_dtype", "max_position_embeddings")
+    return {
+      "model": {name: value for name, value in to_dict(self.model).items() if name not in how},
+      "weights": [[name, leaf.dtype.name, list(leaf.shape)] for name, leaf in named_leaves(self.abstract_stored())],
+      "vocabulary": np.flatnonzero(np.asarray(self._mask_V)).tolist(),
+      "eos_ids": sorted(self.eos_ids),
+      "sampling": list(self._sampling),
+      "length": self._length,
+      "kv_policy": self.config.kv_policy.value,
+    }
 
   @functools.cached_property
   def transfer(self) -> Any:

@@ -329,6 +329,7 @@ class C3POScheduler:
     self._counted = state["counted"]
     self._pool = {rollout.uid: rollout for rollout in self._load(state["pool"])}
     self._slot_of = {uid: slot for slot, uid in state["slots"]}
+    self._slots |= set(self._slot_of.values())  # until `set_slots` says that they are gone
     self._free = sorted(self._slots - set(self._slot_of.values()))
     self._groups = {
       entry["group"]: _Group(entry["unfinished"], self._load(entry["finished"])) for entry in state["groups"]

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ring_jax.records import FinishReason
-from rollout.engine import Sampling
+from rollout.engine import RingEngine, Sampling
 from rollout.worker import Drawn, EngineWorker, Job
 
 _LOG = logging.getLogger(__name__)
@@ -183,6 +183,10 @@ class EngineService:
       self._closed = True
       self._changed.notify_all()
     self._thread.join()
+
+  @property
+  def engine(self) -> RingEngine:
+    return self._worker.engine
 
   @property
   def version(self) -> int:

@@ -36,7 +36,16 @@ _PACKAGES = ("configs", "kernels", "sharding", "ring_jax", "rollout", "parity")
 _NEWS_SECONDS = 5.0  # a collective that breaks is often news of a lost process, which says so itself a moment later
 
 
-def run(main: Callable[..., ExitStatus | None], config_flag: bool = False, several: bool = False) -> NoReturn:
+def _no_config() -> NoReturn:
+  raise ConfigError("--config is missing: a Python file with get_config(), such as configs/ring_tiny.py")
+
+
+def run(
+  main: Callable[..., ExitStatus | None],
+  config_flag: bool = False,
+  several: bool = False,
+  default_config: Callable[[], RunConfig] = _no_config,
+) -> NoReturn:
   """Parses the command line, calls `main` and exits.
 
   Args:
@@ -44,6 +53,7 @@ def run(main: Callable[..., ExitStatus | None], config_flag: bool = False, sever
       for 0.
     config_flag: whether the command has `--config`.
     several: whether the command can run in several processes.
+    default_config: what overrides apply to where --config is not given.
   """
   argv = sys.argv
   overrides: list[tuple[str, str]] = []
@@ -56,7 +66,7 @@ def run(main: Callable[..., ExitStatus | None], config_flag: bool = False, sever
     try:
       pathwaysutils.initialize()
       startup.check_versions()
-      config = _resolve(overrides) if config_flag else None
+      config = _resolve(overrides, default_config) if config_flag else None
       _join(startup.facts(pathlib.Path(argv[0]).stem, config), several)
       status = main(*([config] if config_flag else []))
       processes.group().leave()
@@ -140,11 +150,9 @@ def _parse(argv: list[str]) -> list[str]:
   return rest
 
 
-def _resolve(overrides: list[tuple[str, str]]) -> RunConfig:
+def _resolve(overrides: list[tuple[str, str]], default: Callable[[], RunConfig]) -> RunConfig:
   path = flags.FLAGS.config
-  if not path:
-    raise ConfigError("--config is missing: a Python file with get_config(), such as configs/ring_tiny.py")
-  return loading.override(loading.load(path), dict(overrides))
+  return loading.override(loading.load(path) if path else default(), dict(overrides))
 
 
 def _is_users(error: Exception) -> bool:

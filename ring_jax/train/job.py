@@ -88,8 +88,10 @@ class Job:
   # ---- the run
 
   def run(self, until: str) -> Progress:
-    with self._interrupts(), self._store:
+    with self._interrupts(), self._store, contextlib.closing(self._parts):
       self._restore()
+      if self._config.rollout.is_remote:
+        self._report.note("rollouts come from other processes: this run is not reproducible bit for bit")
       progress, config = self.progress, self._config
       if progress.phase == "sft":
         if config.sft.steps and "start" not in progress.evaluations:

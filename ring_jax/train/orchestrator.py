@@ -38,8 +38,11 @@ from ring_jax.train.stream import ProblemStream
 from ring_jax.train.switching import Switch
 from ring_jax.train.turns import Turns
 from rollout.driver import Clock, RolloutDriver
+from rollout.engine import RingEngine
 from rollout.iteration import IterationResult
 from rollout.probe import EngineProbe
+from rollout.remote.pool import WorkerPool
+from rollout.remote.shared import SharedPool
 from rollout.worker import EngineWorker
 from sharding import processes
 
@@ -93,7 +96,8 @@ class Orchestrator:
     name: str,
     roles: Roles,
     turns: Turns,
-    worker: EngineWorker,
+    engine: RingEngine,
+    worker: EngineWorker | WorkerPool | SharedPool,
     driver: RolloutDriver,
     score: Score,
     stream: ProblemStream,
@@ -101,11 +105,12 @@ class Orchestrator:
     span: Callable[..., contextlib.AbstractContextManager[Span]],
   ):
     self._phase = config.phase(name)
-    self._roles, self._engine, self._driver, self._stream, self._span = roles, worker.engine, driver, stream, span
+    self._roles, self._engine, self._driver, self._stream, self._span = roles, engine, driver, stream, span
     self._judge = Judges(config, name, roles, turns, score)
     replayed = config.model if config.rollout.router_replay else None
     self._learner = Learner(name, self._phase, config.packing, config.seed, roles, turns, replayed)
-    self._shared = roles.placement.share(Role.ROLLOUT, Role.ACTOR)
+    self._remote = config.rollout.is_remote
+    self._shared = not self._remote and roles.placement.share(Role.ROLLOUT, Role.ACTOR)
     shadowed = Role.CRITIC not in self._phase.roles or roles.judge is Role.SHADOW_CRITIC
     self._overlaps = not self._shared and shadowed and processes.group().count == 1
     switches = self._shared and config.placement.switching is Switching.HOST
@@ -176,6 +181,9 @@ class Orchestrator:
       TransferError: what arrived is not what was sent, or the engine computes something else with it.
     """
     stored = jax.block_until_ready(self._engine.load_params(weights.actor, version, self._probe))
+    if self._remote:
+      # In host memory, as a worker may join at any time, and the trainer donates its arrays to the next step.
+      stored = jax.tree.map(np.array, processes.fetch(stored))
     if weights.critic is None or self._roles.judge is Role.CRITIC:
       return stored, weights.critic
     return stored, self._roles.hand_over(weights.critic, Role.SHADOW_CRITIC, version)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from configs.placement import num_devices
-from configs.schema import Role, RunConfig
+from configs.schema import Role, RolloutConfig, RunConfig
 from ring_jax.checkpoint.store import Restored
 from ring_jax.data.preferences import Pair, Preferences
 from ring_jax.data.tasks import Problem
@@ -27,8 +27,12 @@ from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.events import EventLog
 from rollout.probe import EngineProbe
+from rollout.remote import wire
+from rollout.remote.pool import WorkerPool
+from rollout.remote.shared import SharedPool
 from rollout.scheduler import C3POScheduler
 from rollout.worker import EngineWorker
+from sharding import processes
 
 _RL = ("rl", "rlhf")
 
@@ -44,7 +48,7 @@ class Parts:
   scorer: Scorer
   roles: Roles
   scheduler: C3POScheduler
-  worker: EngineWorker
+  worker: EngineWorker | WorkerPool | SharedPool
   streams: dict[str, ProblemStream | PairStream]
   sft: SFTPhase
   reward: RewardModelPhase | None  # None: the run has none
@@ -76,7 +80,10 @@ class Parts:
       mesh=roles.meshes[Role.ROLLOUT],
     )  # fmt: skip
     scheduler = C3POScheduler(config.rollout)
-    worker = EngineWorker(engine, lambda: turns.of(Role.ROLLOUT))
+    if config.rollout.is_remote:
+      worker = _remote(config.rollout, engine)
+    else:
+      worker = EngineWorker(engine, lambda: turns.of(Role.ROLLOUT))
     driver = RolloutDriver(worker, scheduler, config.rollout.max_tokens, log=log)
     streams = {name: ProblemStream(tasks, tokenizer) for name in ("sft", "rl")}
     scorer, problems = Scorer(pool, tokenizer), streams["rl"]
@@ -88,14 +95,23 @@ class Parts:
       held_out_pairs = pairs.held_out(config.reward_model.probe_pairs)
       reward = RewardModelPhase(config, roles.reward, streams["reward"])
     mesh = roles.meshes[Role.ACTOR]
-    probe = None if mesh is None else EngineProbe(config.model, mesh, engine)
+    local = isinstance(
+      worker, EngineWorker
+    )  # else every piece of the weights has a checksum, and settings are compared
+    probe = EngineProbe(config.model, mesh, engine) if local and mesh is not None else None
     phases = {
-      name: Orchestrator(config, name, roles, turns, worker, driver, score, problems, probe, span) for name in _RL
+      name: Orchestrator(config, name, roles, turns, engine, worker, driver, score, problems, probe, span)
+      for name in _RL
     }
     return cls(
       config, tokenizer, tasks.held_out(), held_out_pairs, scorer, roles, scheduler, worker, streams,
       SFTPhase(config, roles.actor, streams["sft"]), reward, phases,
     )  # fmt: skip
+
+  def close(self) -> None:
+    """Lets go of rollout workers in other processes."""
+    if not isinstance(self.worker, EngineWorker):
+      self.worker.close()
 
   # ---- weights
 
@@ -131,7 +147,7 @@ class Parts:
   def extra(self, weights: Weights) -> dict[str, Any] | None:
     """Arrays: other roles, and the engine's cache where it must go on with what it has."""
     found = weights.beside_actor()
-    if self.worker.kept_state is not None:
+    if isinstance(self.worker, EngineWorker) and self.worker.kept_state is not None:
       found["cache"] = self.worker.kept_state
     return found or None
 
@@ -149,8 +165,7 @@ class Parts:
           found[role.value] = roles.abstract(role)
       if Role.CRITIC in wanted:
         found["critic_state"] = roles.critic(phase).abstract_optimizer(found["critic"])
-    cache = self.worker.abstract_kept_state()
-    if cache is not None:
+    if isinstance(self.worker, EngineWorker) and (cache := self.worker.abstract_kept_state()) is not None:
       found["cache"] = cache
     return found or None
 
@@ -178,3 +193,10 @@ class Parts:
     if phase != "done":
       return phase
     return "rlhf" if self.config.rlhf.steps else "rl"
+
+
+def _remote(config: RolloutConfig, engine: RingEngine) -> WorkerPool | SharedPool:
+  group, pool = processes.group(), None
+  if group.is_first:
+    pool = WorkerPool(config.workers, engine, token=wire.read_token(), file=config.workers_file)
+  return pool if group.count == 1 else SharedPool(pool, group)

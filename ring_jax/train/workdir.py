@@ -34,6 +34,7 @@ from configs.schema import ConfigError, RunConfig, to_dict
 # What may change between two calls for one run: it does not alter a step that has been taken.
 _FREE = (
   "name", "sft.steps", "rl.steps", "rlhf.steps", "checkpoint", "task.workers", "model.parallel", "rollout.parallel", "placement",
+  "rollout.workers", "rollout.workers_file",
 )  # fmt: skip
 _SHOWN = 6  # differing fields that an error spells out
 

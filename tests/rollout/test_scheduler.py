@@ -755,3 +755,21 @@ class Machine(stateful.RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 test_any_legal_sequence_of_calls = Machine.TestCase
+
+
+def test_a_restart_finds_other_slots_than_those_that_were_saved():
+  """Remote workers' slots have other numbers then: what was kept in the old ones waits, with what it has."""
+  config = make_config(kv_policy=KVPolicy.KEEP, slots=2)
+  saved = C3POScheduler(config)
+  saved.set_slots({8, 9})
+  saved.begin_iteration()
+  saved.admit([(0, [5])])
+  assert [slot for slot, _ in saved.place()] == [8, 9]
+  saved.record(0, [1], [-1.0], 0)
+  saved.end_iteration(0)
+  again = C3POScheduler(config)
+  again.load_state_dict(json.loads(json.dumps(saved.state_dict())))
+  again.set_slots({0, 1})
+  assert not again.running() and again.totals.redispatched == 2
+  again.begin_iteration()
+  assert [(slot, rollout.length) for slot, rollout in again.place()] == [(0, 1), (1, 0)]

@@ -1,0 +1,120 @@
+"""A rollout worker: the engine of a run's config in a process of its own, for whichever trainer of that run comes.
+
+It has no weights until a trainer brings them, and needs none on its disk.  What its samples depend on comes from the same
+config as the trainer's; how it is laid out (`rollout.parallel`, `rollout.slots`, `rollout.page_size`) is its own affair.
+"""
+
+import dataclasses
+import fcntl
+import json
+import math
+import pathlib
+import signal
+import socket
+import tempfile
+import threading
+
+import jax
+
+from configs import loading
+from configs.schema import RunConfig, require
+from ring_jax.data.tasks import TaskSet
+from ring_jax.train.assets import check_vocabulary, prepare_tokenizer
+from rollout.engine import RingEngine
+from rollout.remote import wire
+from rollout.remote.server import check_host, serve
+from rollout.service import EngineService
+from rollout.worker import EngineWorker
+from sharding.mesh import make_mesh
+
+_LOOK_SECONDS = 1.0
+_EVERYWHERE = ("0.0.0.0", "::")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a worker is reached."""
+
+  host: str = "127.0.0.1"
+  port: int = 0  # 0: one that is free
+  token: str = ""
+  chunk_bytes: int = wire.CHUNK_BYTES
+  checkpoint_root: str | None = None
+  announce: str = ""  # a file to which the address is added
+  advertise: str = ""  # the host by which others reach this one; empty: as `host` says
+
+  def __post_init__(self):
+    check_host(self.host, self.token)  # before the engine, which takes its time
+
+
+def config_of(folder: str) -> RunConfig:
+  """Of a run's workdir."""
+  path = pathlib.Path(folder) / "config.json"
+  require(path.is_file(), f"--checkpoint={folder}: holds no config.json of a run; name the config with --config")
+  return loading.from_dict(json.loads(path.read_text()))
+
+
+def engine_of(config: RunConfig, tokenizer: str = "") -> RingEngine:
+  """The engine of a run on this process' devices.
+
+  Args:
+    tokenizer: the file of the run's own, where it built one; empty: it is built again from the same problems.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    built = pathlib.Path(tokenizer or f"{folder}/tokenizer.json")
+    tasks = TaskSet(config.task, config.tokenizer, config.seed)
+    found = prepare_tokenizer(config.tokenizer, config.init, tasks, built)
+  check_vocabulary(found, config.model)
+  parallel = config.rollout.parallel or config.model.parallel
+  count, devices = math.prod(parallel.mesh.sizes), jax.devices()
+  require(
+    count <= len(devices),
+    f"the engine's mesh needs {count} devices, here are {len(devices)}: set rollout.parallel.mesh for this worker",
+  )
+  if count > 1:
+    # On the CPU backend, programs under way at the same time can starve each other of threads inside of a collective.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+  return RingEngine(
+    config.model, config.rollout, eos_ids=found.eos_ids, vocab_mask_V=found.sampleable_mask(config.model.vocab_size),
+    seed=config.seed, mesh=None if count == 1 else make_mesh(parallel.mesh, devices[:count]),
+  )  # fmt: skip
+
+
+def run_worker(engine: RingEngine, settings: Settings) -> None:
+  """Serves until SIGTERM or SIGINT.
+
+  Raises:
+    RuntimeError: the engine failed; a new process is needed.
+  """
+  stop = threading.Event()
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: stop.set())
+  service = EngineService(EngineWorker(engine), None, -1, max_waiting=engine.config.slots)
+  server, port = serve(
+    service, host=settings.host, port=settings.port, token=settings.token, root=settings.checkpoint_root,
+    chunk_bytes=settings.chunk_bytes,
+  )  # fmt: skip
+  address = f"{settings.advertise or _reached_by(settings.host)}:{port}"
+  if settings.announce:
+    _announce(pathlib.Path(settings.announce), address)
+  print(f"rollout worker on {address}: {engine.config.slots} slots on {jax.devices()[0].device_kind}", flush=True)
+  while not stop.wait(_LOOK_SECONDS):
+    if error := service.stats().error:
+      server.stop(grace=None).wait()
+      raise RuntimeError(error)
+  server.stop(grace=None).wait()
+  service.close()
+
+
+def _reached_by(host: str) -> str:
+  return socket.gethostname() if host in _EVERYWHERE else host
+
+
+def _announce(path: pathlib.Path, address: str) -> None:
+  """Adds a line, once; several hosts may do so at the same time."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("a+") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)  # appending is not atomic on a network's file system
+    file.seek(0)
+    if address not in file.read().split("\n"):
+      file.write(f"{address}\n")
