@@ -2,6 +2,14 @@
 
 from kernels.attention.api import Implementation, packed_attention
 from kernels.attention.cache import DenseCache, PagedCache
-from kernels.attention.decode import DecodeImplementation, decode_attention
+from kernels.attention.decode import DecodeImplementation, decode_attention, extend_attention
 
-__all__ = ["DecodeImplementation", "DenseCache", "Implementation", "PagedCache", "decode_attention", "packed_attention"]
+__all__ = [
+  "DecodeImplementation",
+  "DenseCache",
+  "Implementation",
+  "PagedCache",
+  "decode_attention",
+  "extend_attention",
+  "packed_attention",
+]
