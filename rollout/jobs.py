@@ -2,18 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ring_jax.records import FinishReason
-
-
-class Sampling(NamedTuple):
-  """How one slot draws."""
-
-  temperature: float
-  top_p: float
-  top_k: int
-  seed: int
+from rollout.slots import Sampling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,15 @@
 Dimension key: B slots, W pages of a slot, I slots that begin.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from configs.parallel import ShardingRules
-from kernels.attention import PagedCache
 from ring_jax import model as ring_model
 from ring_jax.model import KVCache
 from rollout.sampling import SamplingParams
@@ -29,6 +31,49 @@ class DecodeState(NamedTuple):
   sampling: SamplingParams
 
 
+class Sampling(NamedTuple):
+  """How one slot draws."""
+
+  temperature: float
+  top_p: float
+  top_k: int
+  seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Insertion:
+  """One slot to fill from row `row` of a prefix."""
+
+  row: int
+  slot: int
+  uid: int
+  max_tokens: int  # it may draw
+  sampling: Sampling | None = None  # None: as the engine's config says
+
+
+@dataclasses.dataclass(frozen=True)
+class Extension:
+  """One slot whose pages hold the first `start` tokens of its sequence; those after them, but for the last, are to come."""
+
+  slot: int
+  start: int
+  tokens: Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Joining:
+  """One slot to begin with keys and values that are in its pages already."""
+
+  slot: int
+  uid: int
+  max_tokens: int  # it may draw
+  token: int  # the last one
+  position: int  # of that
+  source: int = 0  # a page of the same device, to be copied
+  target: int = -1  # into this one of the slot's own; -1: nothing is copied
+  sampling: Sampling | None = None  # None: as the engine's config says
+
+
 _EACH = ("batch",)
 TABLE_AXES = ("batch", None)
 SAMPLING_WHOLE = SamplingParams((), (), (), ())
@@ -46,6 +91,28 @@ class Columns(NamedTuple):
 
 
 COLUMNS_WHOLE = Columns((), (), (), (), (), SAMPLING_WHOLE)
+
+
+def columns(begins: Sequence[Insertion | Joining], size: int, slots: int, sampling: Sampling) -> Columns:
+  """`size` of them; token and position are the caller's to add.
+
+  Args:
+    slots: that there are.
+    sampling: of those that have none of their own.
+  """
+  # Columns without a slot name one beyond the last: the scatter drops them.
+  padding = Insertion(row=0, slot=slots, uid=0, max_tokens=0)
+  begins = [*begins, *[padding] * (size - len(begins))]
+  draws = zip(*(one.sampling or sampling for one in begins), strict=True)
+  zeros_I = np.zeros((size,), np.int32)
+  return Columns(
+    slot_I=np.asarray([one.slot for one in begins], np.int32),
+    token_I=zeros_I,
+    position_I=zeros_I,
+    uid_I=np.asarray([one.uid for one in begins], np.uint32),
+    limit_I=np.asarray([one.max_tokens for one in begins], np.int32),
+    sampling_I=SamplingParams(*map(np.asarray, draws, (np.float32, np.float32, np.int32, np.uint32))),
+  )
 
 
 def state_axes(state: DecodeState) -> DecodeState:
@@ -104,7 +171,3 @@ def first_table(slots: int, parts: int, width: int, pages: int) -> jax.Array:
   slot_B = jnp.arange(slots, dtype=jnp.int32) % (slots // parts)
   table_BxW = slot_B[:, None] * width + jnp.arange(width, dtype=jnp.int32)
   return table_BxW if pages >= slots // parts * width else jnp.full_like(table_BxW, pages)
-
-
-def is_paged(state: DecodeState) -> bool:
-  return isinstance(state.cache, PagedCache)
