@@ -44,6 +44,7 @@ class RolloutDriver:
   def __init__(self, worker: Worker, scheduler: C3POScheduler, max_tokens: int, control: Control | None = None):
     self._worker, self._scheduler, self._max_tokens = worker, scheduler, max_tokens
     self._control = control or Control()
+    self._crowded = False  # the worker handed a job back, and nothing has ended since
 
   def iterate(
     self,
@@ -62,6 +63,7 @@ class RolloutDriver:
       on_ready: called after each dispatch with all that can be trained on so far, in the order of its coming.
     """
     scheduler, clock = self._scheduler, Clock()
+    self._crowded = False
     scheduler.set_slots(self._worker.slots)
     scheduler.begin_iteration()
     # Nothing is running, unless keys and values are kept.
@@ -76,7 +78,7 @@ class RolloutDriver:
         placed = []
       else:
         self._admit(prompts)
-        placed = scheduler.place()
+        placed = [] if self._crowded and scheduler.running() else scheduler.place()
       self._advance(placed, clock)
       on_ready(scheduler.ready)
       on_progress(clock)
@@ -93,6 +95,7 @@ class RolloutDriver:
         case Abort() | AbortGroup():
           released += self._abort(wish)
     self._worker.release(released)
+    self._crowded &= not released
 
   def _abort(self, wish: Abort | AbortGroup) -> list[int]:
     """Returns the slots that fell free."""
@@ -125,6 +128,8 @@ class RolloutDriver:
       running = scheduler.running()
       for slot in events.evicted:
         scheduler.evict(running[slot].uid)
+    ended = any(drawn.reason is not None for drawn in events.drawn)
+    self._crowded = (self._crowded or bool(events.evicted)) and not ended
     scheduler.set_slots(self._worker.slots)
     clock.prefill += events.prefill_seconds
     clock.decode += events.decode_seconds

@@ -102,6 +102,7 @@ class EngineService:
     self._free = sorted(worker.slots)  # a heap
     self._aborted: list[int] = []
     self._updates: list[tuple[Any, int, threading.Event]] = []
+    self._crowded = False  # the worker handed a request back, and nothing has ended since
     self._paused = self._draining = self._closed = False
     self._error = ""
     self._counts: collections.Counter[str] = collections.Counter()
@@ -247,7 +248,7 @@ class EngineService:
     """Requests into free slots, in the order of their coming."""
     with self._changed:
       jobs = []
-      while self._free and self._waiting:
+      while self._free and self._waiting and not (self._crowded and self._worker.running):
         number = self._waiting.popleft()
         ticket = self._tickets.get(number)
         if ticket is not None:  # else it was aborted while it waited
@@ -265,6 +266,8 @@ class EngineService:
       self._counts["decode_seconds"] += events.decode_seconds
     for drawn in events.drawn:
       self._deliver(drawn)
+    ended = any(drawn.reason is not None for drawn in events.drawn)
+    self._crowded = (self._crowded or bool(events.evicted)) and not ended
     with self._changed:
       for slot in sorted(events.evicted, key=self._in_slot.get, reverse=True):
         self._waiting.appendleft(self._vacate(slot))
@@ -296,6 +299,7 @@ class EngineService:
         self._counts["aborted"] += 1
       self._changed.notify_all()
     self._worker.release(slots)
+    self._crowded &= not slots
     for listener in listeners:
       _tell(listener, Update([], [], self._version, FinishReason.ABORTED))
 

@@ -187,7 +187,10 @@ class EngineWorker:
 
   def _watched(self, job: Job, version: int) -> Running:
     """A sequence of n tokens that draws m writes n + m - 1 positions: the last token's are never needed."""
-    room = self.engine.max_prefill_length - len(job.tokens) + 1
+    longest = self.engine.max_prefill_length
+    if not 0 < len(job.tokens) <= longest:
+      raise ValueError(f"a job of {len(job.tokens)} tokens: from 1 to {longest} fit")
+    room = longest - len(job.tokens) + 1
     if job.max_tokens <= room:
       return Running(job, job.max_tokens, FinishReason.LENGTH, version)
     return Running(job, room, FinishReason.CACHE, version)
