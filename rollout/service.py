@@ -19,6 +19,7 @@ from typing import Any
 
 from ring_jax.records import FinishReason
 from rollout.engine import Sampling
+from rollout.paged import CacheUse
 from rollout.worker import Drawn, EngineWorker, Job
 
 _LOG = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Stats:
   decode_seconds: float
   paused: bool
   error: str  # of the engine; empty: it lives
+  cache: CacheUse | None  # None where keys and values are not in pages
 
 
 @dataclasses.dataclass
@@ -198,7 +200,7 @@ class EngineService:
         requests=counts["requests"], finished=counts["finished"], aborted=counts["aborted"], refused=counts["refused"],
         prompt_tokens=counts["prompt_tokens"], drawn_tokens=counts["drawn_tokens"], dispatches=counts["dispatches"],
         prefill_seconds=counts["prefill_seconds"], decode_seconds=counts["decode_seconds"], paused=self._paused,
-        error=self._error,
+        error=self._error, cache=self._worker.cache_use,
       )  # fmt: skip
 
   # ---- of the thread

@@ -300,6 +300,33 @@ def test_compiles(chip):
 
 
 @pytest.mark.tpu
+def test_many_new_positions_compile():
+  """A prefill that goes on from pages: the kernel, and no copy of the cache."""
+  H, K, d = MODELS["ring_mini"]
+  layers, pages, page, rows, tokens, width = 4, 256, 256, 8, 512, 128
+
+  def step(q, cache, table, starts, counts, k, v):
+    def layer(cache, index):
+      cache = cache.extend(index, k, v, table, starts, counts)
+      return cache, extend_attention(q, cache, starts, layer=index, page_table_BxW=table)
+
+    return jax.lax.scan(layer, cache, jnp.arange(layers))
+
+  mesh = Mesh(np.array(Topology.parse(CHIPS["v5e"]).devices()[:1]), ("x",))
+  of = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))  # noqa: E731
+  numbers, new = of((rows,), jnp.int32), of((rows, tokens, K, d))
+  cache = PagedCache(of((layers, pages, page, 2 * K, d)))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = jax.jit(step, donate_argnums=1).lower(
+      of((rows, tokens, H, d)), cache, of((rows, width), jnp.int32), numbers, numbers, new, new
+    )
+  program, cache_bytes = lowered.compile(), 2 * np.prod(cache.pages_LxPxNxCxd.shape)
+  text, memory = program.as_text(), program.memory_analysis()
+  assert text.count('custom_call_target="tpu_custom_call"') == 1
+  assert memory.alias_size_in_bytes >= cache_bytes and memory.temp_size_in_bytes < cache_bytes / 4
+
+
+@pytest.mark.tpu
 def test_compiles_without_the_kernel():
   """Heads that the kernel does not take: XLA reads the pages, on a TPU too."""
   program, _ = compiled_step("v5e", (4, 2, 16), slots=8, page=16, context=512)

@@ -5,12 +5,12 @@ import functools
 import itertools
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from configs.schema import BudgetCounts, ConfigError, KVPolicy, RolloutConfig, Unit
 from ring_jax import model as ring_model
+from ring_jax.checkpoint.store import RunStore
 from ring_jax.records import FinishReason
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
@@ -268,21 +268,21 @@ def test_the_driver_trains_on_the_same_tokens_whatever_the_memory():
 
 
 @pytest.mark.parametrize("kv_policy, pages", [(KVPolicy.KEEP, 0), (KVPolicy.KEEP, 14), (KVPolicy.RECOMPUTE, 14)])
-def test_a_restored_driver_does_exactly_what_the_first_would_have_done(kv_policy, pages):
+def test_a_restored_driver_does_exactly_what_the_first_would_have_done(kv_policy, pages, tmp_path):
   driver, scheduler, worker = make(kv_policy, pages=pages)
   prompts = Prompts()
   outcomes(driver, prompts, [0])
   saved, cursor = json.dumps(scheduler.state_dict()), prompts.cursor
-  device = jax.device_get(worker.kept_state)
+  if worker.kept_state is not None:
+    with RunStore(tmp_path, keep=1) as store:
+      store.save(1, {}, {}, {}, {}, extra={"cache": worker.kept_state})
   expected = outcomes(driver, prompts, [1, 2])
 
   driver, scheduler, worker = make(kv_policy, pages=pages)
   scheduler.load_state_dict(json.loads(saved))
-  if device is not None:
-    assert jax.tree.map(lambda leaf: leaf.shape, device) == jax.tree.map(
-      lambda leaf: leaf.shape, worker.abstract_kept_state()
-    )
-    worker.restore(jax.device_put(device))
+  if kv_policy is KVPolicy.KEEP:
+    with RunStore(tmp_path, keep=1) as store:
+      worker.restore(store.restore({}, {}, {"cache": worker.abstract_kept_state()}).extra["cache"])
   again = outcomes(driver, Prompts(cursor), [1, 2])
   for one, other in zip(expected, again, strict=True):
     assert [rollout.to_dict() for rollout in one.rollouts] == [rollout.to_dict() for rollout in other.rollouts]
@@ -305,6 +305,7 @@ def test_a_service_finishes_more_requests_than_its_pages_hold(dense):
     service.submit(Request(tokens, limit, uid), listener(uid))
   assert service.drain(timeout=300)
   service.close()
+  assert service.stats().cache.evicted > 0 and service.stats().cache.peak <= 14
   assert done == dense.reasons and all(heard[uid] == dense.drawn[uid][0] for uid in heard)
 
 
