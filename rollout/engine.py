@@ -4,7 +4,7 @@
     insert:  one prefilled row -> any number of slots      (a group's G slots share one prefill)
     decode:  k steps for all slots in one dispatch         (a slot that ends stays silent for the rest of the dispatch)
 
-With keys and values in pages, who has which page is said by page tables that a host hands in (paged.py), and two more
+With keys and values in pages, who has which page is said by page tables that a host hands in (paged.py, filling.py), and two more
 ways lead into a slot:
 
     extend:  the rest of a prompt whose beginning is in pages already
@@ -256,7 +256,7 @@ class RingEngine(engine_api.Engine):
   def extend_batch(self, params: dict[str, Any], state: DecodeState, extensions: Sequence[Extension]) -> DecodeState:
     """Keys and values into the pages of slots; of each device's slots at most `prefill_batch / batch_parts`."""
     rows, own = self.config.prefill_batch // self.batch_parts, self.config.slots // self.batch_parts
-    size = bucket(max(len(one.tokens) - 1 - one.start for one in extensions))
+    size = bucket(max(map(Extension.count, extensions)))
     tokens_PxT = np.zeros((self.config.prefill_batch, size), np.int32)
     starts_P, counts_P, slot_P = np.zeros((3, self.config.prefill_batch), np.int32)
     used = collections.Counter()

@@ -59,6 +59,10 @@ class Extension:
   start: int
   tokens: Sequence[int]
 
+  def count(self) -> int:
+    """How many are to come."""
+    return len(self.tokens) - 1 - self.start
+
 
 @dataclasses.dataclass(frozen=True)
 class Joining:

@@ -20,9 +20,10 @@ import jax
 
 from configs.schema import KVPolicy
 from ring_jax.records import FinishReason
+from rollout import filling
 from rollout.engine import RingEngine
 from rollout.jobs import Job, Running
-from rollout.paged import CacheUse, PagedSlots, insert_all
+from rollout.paged import CacheUse, PagedSlots
 from rollout.slots import DecodeState
 from sharding import memory
 
@@ -89,7 +90,12 @@ class EngineWorker:
     self._version = -1
     self._running: dict[int, Running] = {}  # by slot
     self._slots = frozenset(range(engine.config.slots))
-    self._paged = PagedSlots(engine) if engine.page_size else None
+    self._paged: PagedSlots | None = None
+    if engine.page_size:
+      self._paged = PagedSlots(
+        slots=engine.config.slots, parts=engine.batch_parts, pages=engine.pages, page_size=engine.page_size,
+        width=engine.page_width, steps=engine.config.steps_per_dispatch,
+      )  # fmt: skip
     self._evicted: list[int] = []  # by new weights; to be told by the next `advance`
 
   @property
@@ -199,10 +205,7 @@ class EngineWorker:
     """Jobs into their slots; returns the slots, new or not, that give theirs back."""
     new = [self._watched(job, self._version) for job in jobs]
     if self._paged is None:
-      by_tokens: dict[tuple[int, ...], list[Running]] = {}
-      for one in new:
-        by_tokens.setdefault(tuple(one.job.tokens), []).append(one)
-      self._state = insert_all(self.engine, self._params, self._state, by_tokens)
+      self._state = filling.insert(self.engine, self._params, self._state, new)
       self._running |= {one.job.slot: one for one in new}
       return []
     evicted = self._paged.reserve(self._running)
@@ -210,7 +213,7 @@ class EngineWorker:
       del self._running[slot]
     placed, refused = self._paged.admit(new, self._running)
     self._running |= {one.running.job.slot: one.running for one in placed}
-    self._state = self._paged.fill(self._params, self._state, placed, self._running)
+    self._state = filling.fill(self.engine, self._params, self._state, self._paged, placed, self._running)
     return evicted + refused
 
   def _leave(self, slot: int) -> None:
