@@ -8,7 +8,8 @@ runs between its dispatches (paged.py); a dispatch draws `--steps` tokens in eve
 
     peak        the most pages in use at once, of those that all slots would need at full length
     busy        slots in use, on average over all steps but those after the queue ran dry
-    evictions   slots that gave up for others; the tokens that had to be computed again for that
+    evictions   slots that gave up for others, and the tokens of their sequences: what of them no page holds any more when
+                they come back is computed again
 """
 
 import collections
@@ -45,7 +46,7 @@ class Found:
   steps: int
   tokens_per_step: float
   evictions: int
-  computed_again: int  # tokens
+  evicted_tokens: int  # of their sequences, prompt and answer
   hit_rate: float
 
 
@@ -65,12 +66,12 @@ def play(answer_lengths: np.ndarray, *, slots: int, pages: int, page_size: int, 
   free = list(reversed(range(slots)))
   # Tokens that no other sequence has: prompts below zero, answers named by who draws them.
   waiting = collections.deque((uid, [-1 - uid // group] * prompt, int(n)) for uid, n in enumerate(answer_lengths))
-  dispatches = busy = again = 0
+  dispatches = busy = taken = 0
   average, crowded = 0.0, False
   while waiting or running:
     evicted = paged.reserve(running)
     back = [running.pop(slot) for slot in evicted]
-    again += sum(one.length for one in back)
+    taken += sum(one.length for one in back)
     new = []
     while free and waiting and not crowded:
       uid, tokens, rest = waiting.popleft()
@@ -98,7 +99,7 @@ def play(answer_lengths: np.ndarray, *, slots: int, pages: int, page_size: int, 
   use, drawn = paged.use(), int(answer_lengths.sum())
   return Found(
     slots, use.pages, use.peak, slots * width, average, dispatches * steps,
-    drawn / (dispatches * steps), use.evicted, again, use.hit_rate,
+    drawn / (dispatches * steps), use.evicted, taken, use.hit_rate,
   )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def main(argv: list[str]) -> None:
   share = found.peak / found.full_length
   print(f"{found.slots} slots, {found.pages} pages: at most {found.peak} in use, {share:.1%} of full length")
   print(f"  busy {found.busy:.1f} slots, {found.tokens_per_step:.1f} tokens a step, {found.steps} steps")
-  print(f"  {found.evictions} evictions, {found.computed_again} tokens computed again, hit rate {found.hit_rate:.1%}")
+  print(f"  {found.evictions} evictions, {found.evicted_tokens} tokens in them, hit rate {found.hit_rate:.1%}")
 
 
 if __name__ == "__main__":

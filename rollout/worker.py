@@ -169,8 +169,9 @@ class EngineWorker:
     self._running = {}
     if self._paged is not None:
       self._paged.renew(version, ())
-    with self._turn():
-      self._evicted += self._place(jobs)
+    if jobs:
+      with self._turn():
+        self._evicted += self._place(jobs)
 
   def advance(self, jobs: Sequence[Job]) -> Events:
     events = Events()

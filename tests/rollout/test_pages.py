@@ -7,6 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from rollout import pages_trace
 from rollout.pages import Pages
 
 COUNT, SIZE, SLOTS = 12, 4, 5
@@ -161,3 +162,17 @@ def test_another_version_shares_nothing():
   pages.renew(1)
   assert pages.hold(1, [1, 2, 3], 2).known == 0
   assert pages.hold(2, [1, 2, 3], 2).known == 1
+
+
+def test_a_long_tail_takes_few_pages_and_all_is_served_with_fewer():
+  answers = pages_trace.lengths(prompts=20, group=4, mean=40, sigma=1.2, most=230)
+  play = lambda **changes: pages_trace.play(  # noqa: E731
+    answers, **{"slots": 16, "pages": 0, "page_size": 8, "length": 256, "prompt": 20, "group": 4, "steps": 4} | changes
+  )
+  full = play()
+  assert full.evictions == 0 and full.busy == 16 and full.peak < full.pages / 2 and full.pages == 16 * 32
+  tight = play(pages=full.peak // 2)
+  assert tight.evictions > 0 and tight.peak == tight.pages and tight.steps > full.steps
+  assert tight.tokens_per_step * tight.steps == pytest.approx(answers.sum())
+  assert tight.evictions < len(answers), "no thrashing"
+  assert play(slots=32, pages=full.peak * 2).steps < full.steps
