@@ -5,7 +5,7 @@ Each sequence is computed once, whatever the number of its slots:
     slots in one piece    one prefill, inserted into all of them
     slots in pages        of which nothing is known: one prefill, inserted on every device that needs it
                           whose beginning is in pages:  extended from there
-                          that came beside its equal:   shares its pages; the partly filled last one is copied
+                          that a slot began with too:   shares its pages; the partly filled last one is copied
 """
 
 import collections
@@ -67,8 +67,7 @@ def _extend(engine: RingEngine, params: Any, state: DecodeState, placed: Sequenc
   ]
   of_part = collections.defaultdict(list)
   for one in sorted(extensions, key=Extension.count):
-    if one.count():
-      of_part[one.slot * engine.batch_parts // engine.config.slots].append(one)
+    of_part[one.slot * engine.batch_parts // engine.config.slots].append(one)
   rows = engine.config.prefill_batch // engine.batch_parts
   for first in range(0, max(map(len, of_part.values()), default=0), rows):
     chosen = [one for ones in of_part.values() for one in ones[first : first + rows]]

@@ -193,19 +193,16 @@ class PagedSlots:
       Waves of those that compute, of which a later one may begin with pages that an earlier one fills; and those that
       start when all of that is done.  One that computes only the end of its sequence is in both.
     """
-    leaders: dict[tuple[int, tuple[int, ...]], Placed] = {}
     written: dict[tuple[int, int], int] = {}  # the wave that fills a page
     waves: list[list[Placed]] = []
     followers = []
     for one in placed:
-      job, (pages, known, full) = one.running.job, one.held
+      job, (pages, known, full, source) = one.running.job, one.held
       part, past = job.slot // self._own, len(job.tokens) - 1
-      leader = leaders.setdefault((part, tuple(job.tokens)), one)
       self._asked += past
-      if leader is not one:
+      if source >= 0 or past == known * self.page_size:
         self._saved += past
-        partly = past % self.page_size > 0
-        copied = (leader.held.pages[full], pages[full]) if partly else ()
+        copied = (source, pages[full]) if source >= 0 else ()
         followers.append(Follower(one.running, *copied))
         continue
       self._saved += known * self.page_size

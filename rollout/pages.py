@@ -13,7 +13,8 @@ cached pages that were used longest ago are given up.  Of one sequence the last 
 it is of no use.  (vLLM's automatic prefix caching is the same idea; reference notes, rl_practice.md.)
 
 A sequence of n tokens needs the keys and values of its first n - 1: the last token is what the next step is given.  So the
-page that holds position n - 1 is written by its slot and never shared; where a sibling has some of it already, it is copied.
+page that holds position n - 1 is written by its slot and never shared; while a slot that began with the same sequence holds
+its own, what stands before position n - 1 is copied from there.
 """
 
 import collections
@@ -30,6 +31,7 @@ class Held(NamedTuple):
   pages: list[int]  # in the order of positions
   known: int  # of them, how many held the beginning of the sequence already
   full: int  # of them, how many hold nothing but the sequence's first n - 1 tokens
+  source: int  # a page that holds what the next one is to begin with; -1: none does
 
 
 class Pages:
@@ -48,6 +50,8 @@ class Pages:
     self._key_of: dict[int, bytes] = {}  # of pages that are known
     self._page_of: dict[bytes, int] = {}
     self._cached: collections.OrderedDict[int, None] = collections.OrderedDict()  # the longest unused first
+    self._tail_of: dict[int, bytes] = {}  # the key of what a slot began with beyond its full pages
+    self._slots_of: dict[bytes, list[int]] = collections.defaultdict(list)  # that have this tail
     self._root = b""
 
   # ---- what there is
@@ -86,8 +90,7 @@ class Pages:
     self._root = b"%d" % version
     self._free += reversed(self._cached)
     self._cached.clear()
-    self._key_of.clear()
-    self._page_of.clear()
+    self._forget()
 
   def hold(self, slot: int, tokens: Sequence[int], positions: int, spare: int = 0) -> Held | None:
     """Pages for a sequence in a slot that has none; None, and nothing is changed, where there are not enough.
@@ -101,7 +104,7 @@ class Pages:
     """
     if slot in self._held:
       raise ValueError(f"hold: slot {slot} has pages already")
-    keys = self._keys(tokens)
+    keys, tail = self._keys(tokens)
     known = []
     for key in keys:
       page = self._page_of.get(key)
@@ -117,7 +120,13 @@ class Pages:
       self._holders[page] += 1
     pages = self._held[slot] = [*known, *(self._take() for _ in range(fresh))]
     self._know(pages, keys)
-    return Held(list(pages), len(known), len(keys))
+    source = -1
+    if tail:
+      if len(known) == len(keys) and self._slots_of[tail]:
+        source = self._held[self._slots_of[tail][0]][len(keys)]
+      self._tail_of[slot] = tail
+      self._slots_of[tail].append(slot)
+    return Held(list(pages), len(known), len(keys), source)
 
   def grow(self, slot: int, positions: int) -> bool:
     """More pages for a slot, up to that many positions; False, and nothing is changed, where there are not enough."""
@@ -134,8 +143,12 @@ class Pages:
       tokens: its sequence, all under the present weights: its full pages stay known while there is room.  Empty: what
         the slot has written itself is of no use to others.
     """
-    pages = self._held.pop(slot)
-    self._know(pages, self._keys(tokens))
+    pages, tail = self._held.pop(slot), self._tail_of.pop(slot, None)
+    if tail:
+      self._slots_of[tail].remove(slot)
+      if not self._slots_of[tail]:
+        del self._slots_of[tail]
+    self._know(pages, self._keys(tokens)[0])
     for page in reversed(pages):
       self._holders[page] -= 1
       if self._holders[page]:
@@ -154,21 +167,23 @@ class Pages:
         self._holders[page] += 1
     self._free = [page for page in reversed(range(self.count)) if not self._holders[page]]
     self._cached.clear()
-    self._key_of.clear()
-    self._page_of.clear()
+    self._forget()
 
   # ---- keys
 
-  def _keys(self, tokens: Sequence[int]) -> list[bytes]:
-    """Of the pages that the sequence's first n - 1 tokens fill."""
+  def _forget(self) -> None:
+    for table in (self._key_of, self._page_of, self._tail_of, self._slots_of):
+      table.clear()
+
+  def _keys(self, tokens: Sequence[int]) -> tuple[list[bytes], bytes]:
+    """Of the pages that the sequence's first n - 1 tokens fill, and of what is beyond them; empty where nothing is."""
     full = max(len(tokens) - 1, 0) // self.size
-    token_S = np.asarray(tokens[: full * self.size], np.int32)
+    token_S = np.asarray(tokens[:-1], np.int32)
     keys, key = [], self._root
-    for page in range(full):
-      own = token_S[page * self.size : (page + 1) * self.size].tobytes()
-      key = hashlib.blake2b(key + b"|" + own, digest_size=16).digest()
+    for first in range(0, len(token_S), self.size):
+      key = hashlib.blake2b(key + b"|" + token_S[first : first + self.size].tobytes(), digest_size=16).digest()
       keys.append(key)
-    return keys
+    return keys[:full], key if len(keys) > full else b""
 
   def _know(self, pages: Sequence[int], keys: Sequence[bytes]) -> None:
     for page, key in zip(pages, keys, strict=False):

@@ -186,9 +186,21 @@ def test_what_is_known_is_not_computed_again(monkeypatch):
 def test_prompts_that_begin_alike_in_one_turn_are_computed_once(monkeypatch):
   counts = count_prefilled(monkeypatch)
   worker = EngineWorker(engine(eos=()))
-  found = serve(worker, [(i, prompt(i), 2) for i in range(5)])
-  assert counts["whole"] == len(prompt(0)) and counts["rest"] == sum(len(prompt(i)) - 1 - 16 for i in range(1, 5))
-  same(serve(EngineWorker(engine(page_size=0, eos=())), [(i, prompt(i), 2) for i in range(5)]), found)
+  # The last one differs from the first in its last token alone, which is not computed: it copies.
+  jobs = [(i, prompt(i), 2) for i in range(5)]
+  found = serve(worker, jobs)
+  assert prompt(4)[:-1] == prompt(0)[:-1] and prompt(4) != prompt(0)
+  assert counts["whole"] == len(prompt(0)) and counts["rest"] == sum(len(prompt(i)) - 1 - 16 for i in range(1, 4))
+  same(serve(EngineWorker(engine(page_size=0, eos=())), jobs), found)
+
+
+def test_a_sibling_that_comes_later_copies_while_one_runs(monkeypatch):
+  counts = count_prefilled(monkeypatch)
+  worker = EngineWorker(engine(eos=()))
+  jobs = [(uid, prompt(2), 3 + 4 * uid) for uid in range(10)]  # eight slots
+  found = serve(worker, jobs)
+  assert counts == {"whole": len(prompt(2)), "rest": 0}
+  same(serve(EngineWorker(engine(page_size=0, eos=())), jobs), found)
 
 
 @pytest.mark.parametrize("kv_policy", list(KVPolicy))

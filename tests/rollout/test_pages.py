@@ -59,6 +59,11 @@ class Machine(RuleBasedStateMachine):
     for page in held.pages[held.known :]:
       assert sum(page in other for other in self.pages.held.values()) == 1, "a fresh page is somebody else's"
       self.content.pop(page, None)
+    if held.source >= 0:
+      assert held.known == held.full and held.source not in held.pages and (len(tokens) - 1) % SIZE
+      (owner,) = (other for other, pages in self.pages.held.items() if held.source in pages)
+      assert self.pages.held[owner][held.full] == held.source and self.computed[owner] == self.version
+      assert self.tokens[owner][: len(tokens) - 1] == tokens[:-1]
     self.tokens[slot], self.computed[slot] = list(tokens), self.version
     self.fill(slot)
 
@@ -153,6 +158,23 @@ def test_the_page_of_the_last_token_is_never_shared():
   assert first.full == second.known == 2 and first.pages[:2] == second.pages[:2] and first.pages[2] != second.pages[2]
   third = pages.hold(2, list(range(8)), 8)  # position 7 is: the second page is its own
   assert third.known == 1
+
+
+def test_the_partly_filled_page_is_copied_while_a_slot_with_that_beginning_holds_its_own():
+  pages = Pages(16, 4)
+  pages.renew(0)
+  tokens = list(range(7))
+  first = pages.hold(0, tokens, 7)
+  assert first.source == -1
+  assert pages.hold(1, [*tokens[:-1], 99], 7).source == first.pages[1], "all but the last token count"
+  assert pages.hold(2, [*tokens, 7], 8).source == -1
+  pages.grow(0, 12)
+  pages.drop(1)
+  assert pages.hold(3, tokens, 7).source == first.pages[1]
+  pages.drop(0)
+  assert pages.hold(4, tokens, 7).source == pages.held[3][1]
+  pages.renew(1)
+  assert pages.hold(5, tokens, 7).source == -1
 
 
 def test_another_version_shares_nothing():
