@@ -70,6 +70,7 @@ class RolloutConfig:
   steps_per_dispatch: int = 8  # decode steps between two looks of the host
   prefill_batch: int = 8  # prompts prefilled by one dispatch
   page_size: int = 0  # positions of a page of keys and values; 0: each slot's in one piece, which is quicker on a CPU
+  pages: int = 0  # of the cache, shared by all slots; 0: as many as all slots need at full length
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0  # 0: off
@@ -105,6 +106,8 @@ class RolloutConfig:
     )
     for index, address in enumerate(self.workers):
       check_address(address, f"rollout.workers.{index}")
+    require(self.pages >= 0, f"rollout.pages={self.pages}: must be at least 0")
+    require(not self.pages or self.page_size, f"rollout.pages={self.pages}: needs rollout.page_size")
     require(self.temperature > 0, f"rollout.temperature={self.temperature}: must be > 0")
     require(0 < self.top_p <= 1, f"rollout.top_p={self.top_p}: from above 0 to 1")
     require(self.top_k >= 0, f"rollout.top_k={self.top_k}: must be at least 0 (0: off)")

@@ -36,6 +36,7 @@ def spread(
     slots=slots,
     pool=max(config.rollout.pool, slots),
     prefill_batch=rounded(config.rollout.prefill_batch, devices),
+    pages=rounded(config.rollout.pages, devices),
   )
   rl = config.rl
   if small:

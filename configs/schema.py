@@ -329,6 +329,7 @@ class RunConfig:
         sizes = [
           ("rollout.slots", self.rollout.slots),
           ("rollout.prefill_batch", self.rollout.prefill_batch),
+          ("rollout.pages", self.rollout.pages),
           ("eval.slots", self.eval.slots),
         ]
       parts = seat.parallel.batch_parts

@@ -57,6 +57,7 @@ class RolloutDriver:
     self._control = control or Control()
     self._tell = log.write if log else lambda event: None
     self._slots: frozenset[int] = frozenset()  # as the scheduler knows them
+    self._crowded = False  # the worker handed a job back, and nothing has ended since
 
   def iterate(
     self,
@@ -75,6 +76,7 @@ class RolloutDriver:
       on_ready: called after each dispatch with all that can be trained on so far, in the order of its coming.
     """
     scheduler, clock = self._scheduler, Clock()
+    self._crowded = False
     self._slots = frozenset(self._worker.slots)
     scheduler.set_slots(self._slots)
     purged = scheduler.begin_iteration()
@@ -95,8 +97,7 @@ class RolloutDriver:
         placed = []
       else:
         self._admit(prompts)
-        placed = scheduler.place()
-        self._tell(history.Place(_slots_of(placed)))
+        placed = self._place()
       self._advance(placed, clock)
       on_ready(scheduler.ready)
       on_progress(clock)
@@ -124,6 +125,7 @@ class RolloutDriver:
         case Abort() | AbortGroup():
           released += self._abort(wish)
     self._worker.release(released)
+    self._crowded &= not released
 
   def _abort(self, wish: Abort | AbortGroup) -> list[int]:
     """Returns the slots that fell free."""
@@ -145,6 +147,13 @@ class RolloutDriver:
       if len(found) < wanted:
         self._scheduler.close()
 
+  def _place(self) -> list[tuple[int, Rollout]]:
+    if self._crowded and self._scheduler.running():
+      return []
+    placed = self._scheduler.place()
+    self._tell(history.Place(_slots_of(placed)))
+    return placed
+
   def _advance(self, placed: Sequence[tuple[int, Rollout]], clock: Clock) -> None:
     """One dispatch, and what came of it."""
     scheduler = self._scheduler
@@ -162,6 +171,8 @@ class RolloutDriver:
       for slot in events.evicted:
         scheduler.evict(running[slot].uid)
       self._tell(history.Evict([[slot, running[slot].uid] for slot in events.evicted]))
+    ended = any(drawn.reason is not None for drawn in events.drawn)
+    self._crowded = (self._crowded or bool(events.evicted)) and not ended
     self._see_slots()
     clock.prefill += events.prefill_seconds
     clock.decode += events.decode_seconds

@@ -4,16 +4,23 @@
     insert:  one prefilled row -> any number of slots      (a group's G slots share one prefill)
     decode:  k steps for all slots in one dispatch         (a slot that ends stays silent for the rest of the dispatch)
 
+With keys and values in pages, who has which page is said by page tables that a host hands in (paged.py, filling.py), and two more
+ways lead into a slot:
+
+    extend:  the rest of a prompt whose beginning is in pages already
+    join:    a slot whose pages hold all that it needs, but for one that is copied from a sibling's
+
 The decode step is forward-then-sample: a slot holds its last token, whose keys and values are not in the cache yet.
 So a token is drawn wholly from the weights that the step was given, and that version is what is recorded with it.
 
 Weights are arguments of every call (decision 5); they come packed by `rollout.weights`.  `prefill`, `insert` and
 `generate` are JetStream's methods and do the same for one prompt, one slot and one step.
 
-Dimension key: B slots, P prompts of one prefill, T positions of a bucket, I insertions, N steps, V vocabulary, L MoE layers,
-K experts a token.
+Dimension key: B slots, W pages of a slot, P prompts of one prefill, T positions of a bucket, I insertions, N steps, V
+vocabulary, L MoE layers, K experts a token.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -23,14 +30,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs.schema import ModelConfig, RolloutConfig, to_dict
+from configs.schema import ModelConfig, RolloutConfig, require, to_dict
 from kernels.attention import DenseCache, PagedCache
 from ring_jax import model as ring_model
 from ring_jax.model import KVCache
 from ring_jax.rl.replay import ids_dtype
-from rollout import weights
+from rollout import slots, weights
 from rollout.jetstream_compat import engine_api, tokenizer_pb2
 from rollout.sampling import SamplingParams, sample
+from rollout.slots import DecodeState, Extension, Insertion, Joining, Sampling
 from sharding import rules
 from sharding.transfer import Keep, WeightLink
 from sharding.transfer.plan import named_leaves
@@ -44,27 +52,6 @@ class Prefix(NamedTuple):
   kv: DenseCache  # [L, P, ..., T]
   last_token_P: jax.Array  # int32
   length_P: jax.Array  # int32
-
-
-class DecodeState(NamedTuple):
-  """Everything a decode step reads and writes; one entry a slot."""
-
-  cache: KVCache  # of all slots
-  token_B: jax.Array  # int32: the last token, not yet in the cache
-  position_B: jax.Array  # int32: the position it will take
-  remaining_B: jax.Array  # int32: how many tokens the slot may still draw; 0: idle
-  generated_B: jax.Array  # int32: how many it has drawn since it was inserted
-  uid_B: jax.Array  # uint32
-  sampling: SamplingParams
-
-
-_EACH = ("batch",)
-
-
-def _axes(state: DecodeState) -> DecodeState:
-  """Logical axes: everything is cut by slots."""
-  cache = ring_model.cache_axes(state.cache)
-  return DecodeState(cache, _EACH, _EACH, _EACH, _EACH, _EACH, SamplingParams(_EACH, _EACH, _EACH, _EACH))
 
 
 class Decoded(NamedTuple):
@@ -82,29 +69,12 @@ class Programs(NamedTuple):
   pack: rules.Program  # the trainer's parameters -> as stored
   empty: rules.Program  # -> state
   prefill: rules.Program  # stored, tokens, lengths -> prefix
-  insert: rules.Program  # prefix, state, columns -> state
+  insert: rules.Program  # prefix, state, rows, columns -> state
+  extend: rules.Program  # stored, state, tokens, starts, counts, slots -> state
+  join: rules.Program  # state, columns, pages to copy -> state
   decode: rules.Program  # stored, state, steps -> state, drawn
-  release: rules.Program  # state, running -> state
-
-
-class Sampling(NamedTuple):
-  """How one slot draws."""
-
-  temperature: float  # 0: greedy
-  top_p: float
-  top_k: int
-  seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Insertion:
-  """One slot to fill from row `row` of a prefix."""
-
-  row: int
-  slot: int
-  uid: int
-  max_tokens: int  # it may draw
-  sampling: Sampling | None = None  # None: as the engine's config says
+  release: rules.Program  # state, running, page table -> state
+  table: rules.Program  # state -> page table
 
 
 class RingEngine(engine_api.Engine):
@@ -143,7 +113,21 @@ class RingEngine(engine_api.Engine):
     self._tokenizer_path = tokenizer_path
     # Rounded up, so that caches of nearby settings share a compiled program and a bucket never exceeds the cache.
     self._length = bucket(config.max_len)
-    self._page_size = min(config.page_size, self._length)
+    self.page_size = min(config.page_size, self._length)  # 0: no pages
+    # Devices with slots, and pages, of their own.
+    self.batch_parts = 1 if mesh is None else self.model.parallel.batch_parts
+    full = config.slots * (self._length // self.page_size) if self.page_size else 0
+    for name in ("slots", "prefill_batch", "pages"):
+      value = getattr(config, name)
+      require(value % self.batch_parts == 0, f"rollout.{name}={value}: must be a multiple of {self.batch_parts}")
+    self.pages = (config.pages or full) // self.batch_parts  # of each of these devices
+    capacity = self.pages * self.page_size
+    require(
+      not capacity or capacity > config.max_prompt_tokens,
+      f"rollout.pages={config.pages}: {capacity} positions on a device, but a prompt may have"
+      f" rollout.max_prompt_tokens={config.max_prompt_tokens}",
+    )
+    self._longest = min(self._length, capacity or self._length)
     self.programs = self._programs()
 
   def _programs(self) -> "Programs":
@@ -153,8 +137,11 @@ class RingEngine(engine_api.Engine):
       empty=on_mesh(self._empty_fn),
       prefill=on_mesh(self._prefill_fn),
       insert=on_mesh(self._insert_fn, donate_argnums=1),
+      extend=on_mesh(self._extend_fn, donate_argnums=1),
+      join=on_mesh(functools.partial(slots.joined, axes=self._rules), donate_argnums=0),
       decode=on_mesh(self._decode_fn, donate_argnums=1, static_argnums=2),
       release=on_mesh(self._release_fn, donate_argnums=0),
+      table=on_mesh(lambda state: rules.reshard(state.page_table_BxW, self._rules, None, None)),
     )
 
   # ---- weights and state
@@ -233,10 +220,14 @@ class RingEngine(engine_api.Engine):
     def each(dtype, value=0):  # a buffer of its own for every field: the state is donated
       return rules.reshard(jnp.full((B,), value, dtype), self._rules, "batch")
 
-    cache = ring_model.init_cache(self.model, B, self._length, self._page_size)
-    axes = ring_model.cache_axes(cache)
+    cache = ring_model.init_cache(self.model, B, self._length, self.page_size, self.pages * self.batch_parts)
+    axes, table_BxW = ring_model.cache_axes(cache), None
+    if self.page_size:
+      table_BxW = slots.first_table(B, self.batch_parts, self.page_width, self.pages)
+      table_BxW = rules.reshard(table_BxW, self._rules, *slots.TABLE_AXES)
     return DecodeState(
       cache=type(cache)(*(rules.reshard(a, self._rules, *names) for a, names in zip(cache, axes, strict=True))),
+      page_table_BxW=table_BxW,
       token_B=each(jnp.int32),
       position_B=each(jnp.int32),
       remaining_B=each(jnp.int32),
@@ -245,11 +236,26 @@ class RingEngine(engine_api.Engine):
       sampling=SamplingParams(each(jnp.float32, 1.0), each(jnp.float32, 1.0), each(jnp.int32), each(jnp.uint32)),
     )
 
-  def release(self, state: DecodeState, running: Iterable[int] = ()) -> DecodeState:
-    """Every slot that is not among `running` falls idle; what its cache holds will be overwritten."""
+  def release(
+    self, state: DecodeState, running: Iterable[int] = (), page_table_BxW: np.ndarray | None = None
+  ) -> DecodeState:
+    """Every slot that is not among `running` falls idle; what its cache holds will be overwritten.
+
+    Args:
+      page_table_BxW: int32: who has which pages from now on; None: as before.
+    """
     running_B = np.zeros((self.config.slots,), bool)
     running_B[list(running)] = True
-    return self.programs.release(state, running_B)
+    return self.programs.release(state, running_B, page_table_BxW)
+
+  def page_table(self, state: DecodeState) -> np.ndarray:
+    """int32 [B, W]."""
+    return np.asarray(self.programs.table(state))
+
+  @property
+  def page_width(self) -> int:
+    """W: pages of a slot at full length."""
+    return self._length // self.page_size
 
   # ---- many at once: what the rollout driver calls
 
@@ -271,19 +277,40 @@ class RingEngine(engine_api.Engine):
   def insert_batch(self, prefix: Prefix, state: DecodeState, insertions: Sequence[Insertion]) -> DecodeState:
     """Fills slots from a prefix; a row may go to several slots."""
     size = bucket(len(insertions), smallest=8)
-    # Columns without an insertion name a slot beyond the last: the scatter drops them.
-    padding = Insertion(row=0, slot=self.config.slots, uid=0, max_tokens=0)
-    columns = [*insertions, *[padding] * (size - len(insertions))]
-    draws = zip(*(column.sampling or self._sampling for column in columns), strict=True)
+    rows = [insertion.row for insertion in insertions]
+    row_I = np.asarray([*rows, *[0] * (size - len(rows))], np.int32)
     return self.programs.insert(
-      prefix,
-      state,
-      np.asarray([column.row for column in columns], np.int32),
-      np.asarray([column.slot for column in columns], np.int32),
-      np.asarray([column.uid for column in columns], np.uint32),
-      np.asarray([column.max_tokens for column in columns], np.int32),
-      SamplingParams(*map(np.asarray, draws, (np.float32, np.float32, np.int32, np.uint32))),
+      prefix, state, row_I, slots.columns(insertions, size, self.config.slots, self._sampling)
     )
+
+  def extend_batch(self, params: dict[str, Any], state: DecodeState, extensions: Sequence[Extension]) -> DecodeState:
+    """Keys and values into the pages of slots; of each device's slots at most `prefill_batch / batch_parts`."""
+    rows, own = self.config.prefill_batch // self.batch_parts, self.config.slots // self.batch_parts
+    size = bucket(max(map(Extension.count, extensions)))
+    tokens_PxT = np.zeros((self.config.prefill_batch, size), np.int32)
+    starts_P, counts_P, slot_P = np.zeros((3, self.config.prefill_batch), np.int32)
+    used = collections.Counter()
+    for one in extensions:
+      part, slot = divmod(one.slot, own)
+      if used[part] == rows:
+        raise ValueError(f"extend_batch: more than {rows} slots of device {part}")
+      row = part * rows + used[part]
+      used[part] += 1
+      rest = one.tokens[one.start : -1]
+      tokens_PxT[row, : len(rest)] = rest
+      starts_P[row], counts_P[row], slot_P[row] = one.start, len(rest), slot
+    return self.programs.extend(params, state, tokens_PxT, starts_P, counts_P, slot_P)
+
+  def join_batch(self, state: DecodeState, joinings: Sequence[Joining]) -> DecodeState:
+    """Begins slots whose pages hold what they need, or will once one page is copied."""
+    size = bucket(len(joinings), smallest=8)
+    padding = [0] * (size - len(joinings))
+    each = lambda name: np.asarray([*(getattr(one, name) for one in joinings), *padding], np.int32)  # noqa: E731
+    target_I = each("target")
+    columns = slots.columns(joinings, size, self.config.slots, self._sampling)._replace(
+      token_I=each("token"), position_I=each("position")
+    )
+    return self.programs.join(state, columns, each("source"), np.where(target_I < 0, self.pages, target_I))
 
   def decode(self, params: dict[str, Any], state: DecodeState, steps: int) -> tuple[DecodeState, Decoded]:
     """`steps` decode steps of all slots."""
@@ -299,6 +326,7 @@ class RingEngine(engine_api.Engine):
 
   def insert(self, prefix: Prefix, decode_state: DecodeState, slot: int) -> DecodeState:
     """Row 0 of the prefix into one slot, which may draw until its cache is full."""
+    require(not self.config.pages, "rollout.pages: a JetStream client has slots of full length, and needs 0 here")
     room = int(self._length - prefix.length_P[0])
     return self.insert_batch(prefix, decode_state, [Insertion(row=0, slot=slot, uid=slot, max_tokens=room)])
 
@@ -328,7 +356,8 @@ class RingEngine(engine_api.Engine):
 
   @property
   def max_prefill_length(self) -> int:
-    return self._length
+    """The longest sequence that a slot can hold."""
+    return self._longest
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -351,38 +380,36 @@ class RingEngine(engine_api.Engine):
     last_P = jnp.take_along_axis(tokens_PxT, lengths_P[:, None] - 1, axis=1)[:, 0]
     return Prefix(out.kv, last_P, lengths_P)
 
-  def _insert_fn(self, prefix: Prefix, state: DecodeState, row_I, slot_I, uid_I, limit_I, sampling_I) -> DecodeState:
-    axes = _axes(state)
+  def _insert_fn(self, prefix: Prefix, state: DecodeState, row_I, columns: slots.Columns) -> DecodeState:
+    axes = slots.state_axes(state)
     whole = (None, None, "kv_heads", None, None)  # a row may go to any device's slots
     insert = rules.manual(
       self._insert_local,
       self._rules,
-      (Prefix(DenseCache(whole, whole), (), ()), axes, (), (), (), (), SamplingParams((), (), (), ())),
+      (Prefix(DenseCache(whole, whole), (), ()), axes, (), slots.COLUMNS_WHOLE),
       axes,
     )
-    return insert(prefix, state, row_I, slot_I, uid_I, limit_I, sampling_I)
+    return insert(prefix, state, row_I, columns)
 
-  def _insert_local(self, prefix: Prefix, state: DecodeState, row_I, slot_I, uid_I, limit_I, sampling_I) -> DecodeState:
+  def _insert_local(self, prefix: Prefix, state: DecodeState, row_I, columns: slots.Columns) -> DecodeState:
     """One device's slots."""
-    own = state.token_B.shape[0]
-    slot_I = slot_I - rules.axis_index(self._rules.batch) * own
-    slot_I = jnp.where((slot_I >= 0) & (slot_I < own), slot_I, own)  # another device's: dropped
-
-    def put(values_B, new_I):
-      return values_B.at[slot_I].set(new_I, mode="drop")
-
-    return DecodeState(
-      cache=_inserted(state.cache, prefix, row_I, slot_I, own),
-      token_B=put(state.token_B, prefix.last_token_P[row_I]),
-      position_B=put(state.position_B, prefix.length_P[row_I] - 1),
-      remaining_B=put(state.remaining_B, limit_I),
-      generated_B=put(state.generated_B, 0),
-      uid_B=put(state.uid_B, uid_I),
-      sampling=jax.tree.map(put, state.sampling, sampling_I),
+    columns = columns._replace(
+      slot_I=slots.own(columns.slot_I, len(state.token_B), self._rules),
+      token_I=prefix.last_token_P[row_I],
+      position_I=prefix.length_P[row_I] - 1,
     )
+    return slots.begun(state._replace(cache=_inserted(state, prefix, row_I, columns.slot_I)), columns)
 
-  def _release_fn(self, state: DecodeState, running_B) -> DecodeState:
+  def _extend_fn(self, stored, state: DecodeState, tokens_PxT, starts_P, counts_P, slot_P) -> DecodeState:
+    table_PxW = slots.rows_of(state, slot_P, self._rules)
+    params = weights.unpack(stored, self.model.dtype)
+    cache = ring_model.extend(self.model, params, tokens_PxT, starts_P, counts_P, state.cache, table_PxW)
+    return state._replace(cache=cache)
+
+  def _release_fn(self, state: DecodeState, running_B, page_table_BxW) -> DecodeState:
     running_B = rules.reshard(running_B, self._rules, "batch")
+    if page_table_BxW is not None:
+      state = state._replace(page_table_BxW=rules.reshard(page_table_BxW, self._rules, *slots.TABLE_AXES))
     return state._replace(remaining_B=jnp.where(running_B, state.remaining_B, 0))
 
   def _decode_fn(self, stored, state: DecodeState, steps: int) -> tuple[DecodeState, Decoded]:
@@ -391,7 +418,14 @@ class RingEngine(engine_api.Engine):
     def step(state: DecodeState, _):
       active_B = state.remaining_B > 0
       hidden_BxD, cache, *experts = ring_model.decode_step(
-        self.model, params, state.token_B, state.position_B, active_B, state.cache, return_experts=records
+        self.model,
+        params,
+        state.token_B,
+        state.position_B,
+        active_B,
+        state.cache,
+        state.page_table_BxW,
+        return_experts=records,
       )
       token_B, logp_B = sample(
         hidden_BxD, params["lm_head"]["kernel"], self._mask_V, state.sampling, state.uid_B, state.position_B + 1,
@@ -414,23 +448,22 @@ class RingEngine(engine_api.Engine):
     return state, jax.tree.map(lambda x: rules.reshard(x, self._rules, *[None] * x.ndim), drawn)
 
 
-def _inserted(cache: KVCache, prefix: Prefix, row_I: jax.Array, slot_I: jax.Array, slots: int) -> KVCache:
-  """Rows of a prefix in slots; a slot beyond the last is dropped."""
-  kv = prefix.kv
+def _inserted(state: DecodeState, prefix: Prefix, row_I: jax.Array, slot_I: jax.Array) -> KVCache:
+  """The cache with rows of a prefix in slots; a slot beyond the last is dropped."""
+  kv, cache, own = prefix.kv, state.cache, len(state.token_B)
   if isinstance(cache, DenseCache):
     T = kv.v_LxBxKxSxd.shape[3]
     return DenseCache(
       cache.k_LxBxKxdxS.at[:, slot_I, :, :, :T].set(kv.k_LxBxKxdxS[:, row_I], mode="drop"),
       cache.v_LxBxKxSxd.at[:, slot_I, :, :T].set(kv.v_LxBxKxSxd[:, row_I], mode="drop"),
     )
-  table_BxW = ring_model.page_table(cache, slots)
 
   def one(cache: PagedCache, column) -> tuple[PagedCache, None]:  # one after the other: no copy of all rows at once
     row, slot = column
     k_LxTxKxd = jax.lax.dynamic_index_in_dim(kv.k_LxBxKxdxS, row, axis=1, keepdims=False).transpose(0, 3, 1, 2)
     v_LxTxKxd = jax.lax.dynamic_index_in_dim(kv.v_LxBxKxSxd, row, axis=1, keepdims=False).transpose(0, 2, 1, 3)
-    length = jnp.where(slot < slots, prefix.length_P[row], 0)
-    return cache.insert(k_LxTxKxd, v_LxTxKxd, table_BxW[jnp.minimum(slot, slots - 1)], length), None
+    length = jnp.where(slot < own, prefix.length_P[row], 0)
+    return cache.insert(k_LxTxKxd, v_LxTxKxd, state.page_table_BxW[jnp.minimum(slot, own - 1)], length), None
 
   return jax.lax.scan(one, cache, (row_I, slot_I))[0]
 

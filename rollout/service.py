@@ -19,6 +19,7 @@ from typing import Any
 
 from ring_jax.records import FinishReason
 from rollout.engine import RingEngine, Sampling
+from rollout.paged import CacheUse
 from rollout.worker import Drawn, EngineWorker, Job
 
 _LOG = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class Stats:
   decode_seconds: float
   paused: bool
   error: str  # of the engine; empty: it lives
+  cache: CacheUse | None  # None where keys and values are not in pages
 
 
 @dataclasses.dataclass
@@ -102,6 +104,7 @@ class EngineService:
     self._free = sorted(worker.slots)  # a heap
     self._aborted: list[int] = []
     self._updates: list[tuple[Any, int, threading.Event]] = []
+    self._crowded = False  # the worker handed a request back, and nothing has ended since
     self._paused = self._draining = self._closed = False
     self._error = ""
     self._counts: collections.Counter[str] = collections.Counter()
@@ -201,7 +204,7 @@ class EngineService:
         requests=counts["requests"], finished=counts["finished"], aborted=counts["aborted"], refused=counts["refused"],
         prompt_tokens=counts["prompt_tokens"], drawn_tokens=counts["drawn_tokens"], dispatches=counts["dispatches"],
         prefill_seconds=counts["prefill_seconds"], decode_seconds=counts["decode_seconds"], paused=self._paused,
-        error=self._error,
+        error=self._error, cache=self._worker.cache_use,
       )  # fmt: skip
 
   # ---- of the thread
@@ -251,7 +254,7 @@ class EngineService:
     """Requests into free slots, in the order of their coming."""
     with self._changed:
       jobs = []
-      while self._free and self._waiting:
+      while self._free and self._waiting and not (self._crowded and self._worker.running):
         number = self._waiting.popleft()
         ticket = self._tickets.get(number)
         if ticket is not None:  # else it was aborted while it waited
@@ -269,6 +272,8 @@ class EngineService:
       self._counts["decode_seconds"] += events.decode_seconds
     for drawn in events.drawn:
       self._deliver(drawn)
+    ended = any(drawn.reason is not None for drawn in events.drawn)
+    self._crowded = (self._crowded or bool(events.evicted)) and not ended
     with self._changed:
       for slot in sorted(events.evicted, key=self._in_slot.get, reverse=True):
         self._waiting.appendleft(self._vacate(slot))
@@ -300,6 +305,7 @@ class EngineService:
         self._counts["aborted"] += 1
       self._changed.notify_all()
     self._worker.release(slots)
+    self._crowded &= not slots
     for listener in listeners:
       _tell(listener, Update([], [], self._version, FinishReason.ABORTED))
 

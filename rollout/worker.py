@@ -21,19 +21,12 @@ import jax
 from configs.schema import KVPolicy
 from ring_jax.records import FinishReason
 from ring_jax.rl.replay import encode
-from rollout.engine import DecodeState, Insertion, RingEngine, Sampling
+from rollout import filling
+from rollout.engine import RingEngine
+from rollout.jobs import Job, Running
+from rollout.paged import CacheUse, PagedSlots
+from rollout.slots import DecodeState
 from sharding import memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A token sequence to go on with, in a slot that is free."""
-
-  slot: int
-  uid: int  # keys the samples, with the position
-  tokens: Sequence[int]  # the prompt, and what has been drawn before
-  max_tokens: int  # it may still draw, at least 1
-  sampling: Sampling | None = None  # None: as the engine's config says
 
 
 class Drawn(NamedTuple):
@@ -87,14 +80,6 @@ class Worker(Protocol):
     ...
 
 
-@dataclasses.dataclass
-class _Running:
-  job: Job
-  drawn: list[int]
-  limit: int  # tokens it may draw here
-  reason: FinishReason  # why it ends at its limit
-
-
 class EngineWorker:
   """Args:
   turn: entered for as long as the engine's devices are used; between two dispatches others may have them.
@@ -109,8 +94,15 @@ class EngineWorker:
     self._state: DecodeState | None = engine.init_decode_state() if self._keep else None
     self._params: Any = None
     self._version = -1
-    self._running: dict[int, _Running] = {}  # by slot
+    self._running: dict[int, Running] = {}  # by slot
     self._slots = frozenset(range(engine.config.slots))
+    self._paged: PagedSlots | None = None
+    if engine.page_size:
+      self._paged = PagedSlots(
+        slots=engine.config.slots, parts=engine.batch_parts, pages=engine.pages, page_size=engine.page_size,
+        width=engine.page_width, steps=engine.config.steps_per_dispatch,
+      )  # fmt: skip
+    self._evicted: list[int] = []  # by new weights; to be told by the next `advance`
 
   @property
   def slots(self) -> Collection[int]:
@@ -120,6 +112,11 @@ class EngineWorker:
   def running(self) -> Collection[int]:
     """Slots in use."""
     return self._running.keys()
+
+  @property
+  def cache_use(self) -> CacheUse | None:
+    """None where keys and values are not in pages."""
+    return self._paged and self._paged.use()
 
   # ---- the engine's cache, whose memory others may need
 
@@ -145,8 +142,10 @@ class EngineWorker:
     return self._state if self._keep else None
 
   def restore(self, state: DecodeState) -> None:
-    """A `kept_state` of before."""
+    """A `kept_state` of before; `begin` says what of it runs."""
     self._state = state
+    if self._paged is not None:
+      self._paged.adopt(self.engine.page_table(state))
 
   def abstract_kept_state(self) -> Any:
     """What `kept_state` looks like; None where nothing is saved."""
@@ -156,23 +155,36 @@ class EngineWorker:
 
   def begin(self, params: Any, version: int, running: Sequence[Job]) -> None:
     self._params, self._version = params, version
-    self._running = {job.slot: self._watched(job) for job in running}
+    # What they have came, as far as is known, from other weights.
+    self._running = {job.slot: self._watched(job, version=-1) for job in running}
+    self._evicted = []
     with self._turn():
       self.prepare()
+      if self._paged is not None:
+        self._paged.renew(version, self._running)
       self._state = self.engine.release(self._state, self._running)
 
   def load(self, params: Any, version: int) -> None:
     self._params, self._version = params, version
-    if self._running and not self._keep:
-      jobs = [_rest(running) for _, running in sorted(self._running.items())]
+    if self._keep:
+      if self._paged is not None:
+        self._paged.renew(version, self._running)
+      return
+    # The longest first: where not all fit, they are the last to give up.
+    jobs = [running.rest() for running in sorted(self._running.values(), key=lambda one: (-one.length, one.job.uid))]
+    self._running = {}
+    if self._paged is not None:
+      self._paged.renew(version, ())
+    if jobs:
       with self._turn():
-        self._place(jobs)
+        self._evicted += self._place(jobs)
 
   def advance(self, jobs: Sequence[Job]) -> Events:
     events = Events()
     with self._turn():
       started = time.perf_counter()
-      self._place(jobs)
+      events.evicted, self._evicted = self._evicted, []
+      events.evicted += self._place(jobs)
       placed = time.perf_counter()
       events.drawn = self._decode()
       events.prefill_seconds, events.decode_seconds = placed - started, time.perf_counter() - placed
@@ -180,7 +192,8 @@ class EngineWorker:
 
   def release(self, slots: Collection[int]) -> None:
     for slot in slots:
-      self._running.pop(slot, None)
+      self._leave(slot)
+    self._evicted = [slot for slot in self._evicted if slot not in slots]
     if slots and self._state is not None:
       with self._turn():
         self._state = self.engine.release(self._state, self._running)
@@ -188,31 +201,35 @@ class EngineWorker:
   def end(self) -> None:
     self._params = None
 
-  def _watched(self, job: Job) -> _Running:
+  def _watched(self, job: Job, version: int) -> Running:
     """A sequence of n tokens that draws m writes n + m - 1 positions: the last token's are never needed."""
-    room = self.engine.max_prefill_length - len(job.tokens) + 1
+    longest = self.engine.max_prefill_length
+    if not 0 < len(job.tokens) <= longest:
+      raise ValueError(f"a job of {len(job.tokens)} tokens: from 1 to {longest} fit")
+    room = longest - len(job.tokens) + 1
     if job.max_tokens <= room:
-      return _Running(job, [], job.max_tokens, FinishReason.LENGTH)
-    return _Running(job, [], room, FinishReason.CACHE)
+      return Running(job, job.max_tokens, FinishReason.LENGTH, version)
+    return Running(job, room, FinishReason.CACHE, version)
 
-  def _place(self, jobs: Sequence[Job]) -> None:
-    """Prefills each distinct sequence once and inserts it into all of its slots."""
-    jobs_of: dict[tuple[int, ...], list[Job]] = {}
-    for job in jobs:
-      self._running[job.slot] = self._watched(job)
-      jobs_of.setdefault(tuple(job.tokens), []).append(job)
-    # Of like length together, so that a short prompt is not padded to a long one's bucket.
-    sequences = sorted(jobs_of, key=len)
-    size = self.engine.config.prefill_batch
-    for first in range(0, len(sequences), size):
-      chunk = sequences[first : first + size]
-      prefix = self.engine.prefill_batch(self._params, chunk)
-      insertions = [
-        Insertion(row, job.slot, job.uid, self._running[job.slot].limit, job.sampling)
-        for row, sequence in enumerate(chunk)
-        for job in jobs_of[sequence]
-      ]
-      self._state = self.engine.insert_batch(prefix, self._state, insertions)
+  def _place(self, jobs: Sequence[Job]) -> list[int]:
+    """Jobs into their slots; returns the slots, new or not, that give theirs back."""
+    new = [self._watched(job, self._version) for job in jobs]
+    if self._paged is None:
+      self._state = filling.insert(self.engine, self._params, self._state, new)
+      self._running |= {one.job.slot: one for one in new}
+      return []
+    evicted = self._paged.reserve(self._running)
+    for slot in evicted:
+      del self._running[slot]
+    placed, refused = self._paged.admit(new, self._running)
+    self._running |= {one.running.job.slot: one.running for one in placed}
+    self._state = filling.fill(self.engine, self._params, self._state, self._paged, placed, self._running)
+    return evicted + refused
+
+  def _leave(self, slot: int) -> None:
+    running = self._running.pop(slot, None)
+    if running is not None and self._paged is not None:
+      self._paged.leave(running)
 
   def _decode(self) -> list[Drawn]:
     """One dispatch; what ended leaves `_running`."""
@@ -231,16 +248,10 @@ class EngineWorker:
       experts = () if experts_NxBxLxK is None else encode(experts_NxBxLxK[:count, slot])
       found.append(Drawn(slot, running.job.uid, tokens, logps, self._version, reason, experts))
       if reason is not None:
-        del self._running[slot]
+        self._leave(slot)
     return found
 
-  def _ended(self, running: _Running) -> FinishReason | None:
+  def _ended(self, running: Running) -> FinishReason | None:
     if running.drawn and running.drawn[-1] in self.engine.eos_ids:
       return FinishReason.STOP
     return running.reason if len(running.drawn) >= running.limit else None
-
-
-def _rest(running: _Running) -> Job:
-  """The same job, as it stands now."""
-  job, drawn = running.job, running.drawn
-  return dataclasses.replace(job, tokens=[*job.tokens, *drawn], max_tokens=job.max_tokens - len(drawn))

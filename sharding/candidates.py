@@ -178,6 +178,7 @@ def _placed(config: RunConfig, placement: PlacementConfig, actor: ParallelConfig
       slots=slots,
       pool=max(rollout.pool, slots),
       prefill_batch=rounded(rollout.prefill_batch, parts),
+      pages=rounded(rollout.pages, parts),
     ),
     packing=dataclasses.replace(config.packing, rows=rounded(config.packing.rows, rows)),
     eval=dataclasses.replace(config.eval, slots=rounded(config.eval.slots, parts)),

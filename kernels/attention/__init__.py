@@ -2,7 +2,7 @@
 
 from kernels.attention.api import Implementation, packed_attention, prefill_attention
 from kernels.attention.cache import DenseCache, PagedCache
-from kernels.attention.decode import DecodeImplementation, decode_attention
+from kernels.attention.decode import DecodeImplementation, decode_attention, extend_attention
 
 __all__ = [
   "DecodeImplementation",
@@ -10,6 +10,7 @@ __all__ = [
   "Implementation",
   "PagedCache",
   "decode_attention",
+  "extend_attention",
   "packed_attention",
   "prefill_attention",
 ]

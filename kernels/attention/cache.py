@@ -5,7 +5,7 @@ need them; which page holds what is said by a page table, that is an argument of
 whoever hands pages out.  Slots may share pages, such as those of a common prompt, as long as none of them writes there.
 
 Dimension key: L layers, B slots, S positions of a dense slot, P pages, N positions of a page, W pages of one slot's
-table, K key/value heads, C = 2K, d head dim, T positions of a prefill.
+table, K key/value heads, C = 2K, d head dim, T positions of a prefill, I copies.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,8 @@ class PagedCache(NamedTuple):
   """The key of head h is at 2h of C, its value at 2h + 1: the order that ragged paged attention reads.
 
   A row of a page table, int32 [W], lists the pages of one slot in the order of positions: position t is in page
-  row[t // N].  Entries that hold no position yet may be anything.  The TPU kernel reads the whole table [B, W] from the
+  row[t // N].  Entries that hold no position yet may be anything; what is written through one that names no page is
+  dropped.  The TPU kernel reads the whole table [B, W] from the
   scalar memory, 1 MiB on every chip: pages of N = 256 keep 64 slots of 65,536 positions at 64 KiB.
   """
 
@@ -57,12 +58,30 @@ class PagedCache(NamedTuple):
     active_B: jax.Array,
   ) -> "PagedCache":
     """One token a slot, at `positions_B`; a slot that is not active writes nothing."""
+    return self.extend(
+      layer, k_BxKxd[:, None], v_BxKxd[:, None], page_table_BxW, positions_B, active_B.astype(jnp.int32)
+    )
+
+  def extend(
+    self,
+    layer: jax.Array | int,
+    k_BxTxKxd: jax.Array,
+    v_BxTxKxd: jax.Array,
+    page_table_BxW: jax.Array,
+    starts_B: jax.Array,
+    counts_B: jax.Array,
+  ) -> "PagedCache":
+    """The first `counts_B` of T tokens a row, from position `starts_B` on."""
     num_pages, page_size = self.pages_LxPxNxCxd.shape[1:3]
-    page_B = jnp.take_along_axis(page_table_BxW, positions_B[:, None] // page_size, axis=1, mode="clip")[:, 0]
+    step_T = jnp.arange(k_BxTxKxd.shape[1])
+    position_BxT = starts_B[:, None] + step_T
+    page_BxT = jnp.take_along_axis(page_table_BxW, position_BxT // page_size, axis=1, mode="clip")
     # Beyond the last page a scatter drops what it is given.
-    page_B = jnp.where(active_B, page_B, num_pages)
-    token_BxCxd = _interleaved(k_BxKxd, v_BxKxd).astype(self.pages_LxPxNxCxd.dtype)
-    return PagedCache(self.pages_LxPxNxCxd.at[layer, page_B, positions_B % page_size].set(token_BxCxd, mode="drop"))
+    page_BxT = jnp.where(step_T < counts_B[:, None], page_BxT, num_pages)
+    token_BxTxCxd = _interleaved(k_BxTxKxd, v_BxTxKxd).astype(self.pages_LxPxNxCxd.dtype)
+    return PagedCache(
+      self.pages_LxPxNxCxd.at[layer, page_BxT, position_BxT % page_size].set(token_BxTxCxd, mode="drop")
+    )
 
   def insert(
     self, k_LxTxKxd: jax.Array, v_LxTxKxd: jax.Array, pages_W: jax.Array, length: jax.Array | int
@@ -78,6 +97,11 @@ class PagedCache(NamedTuple):
     needed_W = jnp.arange(filled) * page_size < length
     page_W = jnp.where(needed_W, pages_W[:filled], num_pages)
     return PagedCache(self.pages_LxPxNxCxd.at[:, page_W].set(padded.reshape(L, filled, page_size, C, d), mode="drop"))
+
+  def copy(self, source_I: jax.Array, target_I: jax.Array) -> "PagedCache":
+    """Page `source_I` into page `target_I`, all layers; a target beyond the last page is dropped."""
+    copied = self.pages_LxPxNxCxd.at[:, source_I].get(mode="clip")
+    return PagedCache(self.pages_LxPxNxCxd.at[:, target_I].set(copied, mode="drop"))
 
 
 def _interleaved(k_KxD: jax.Array, v_KxD: jax.Array) -> jax.Array:

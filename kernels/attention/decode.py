@@ -1,7 +1,7 @@
-"""Attention of one new token a slot over what the slot has seen.
+"""Attention of new tokens over what their slot has seen: one of every slot, or several of a row over pages.
 
-Dimension key: L layers, B slots, S positions, P pages, N positions of a page, W pages of one slot's table, H query
-heads, K key/value heads, G = H / K, C = 2K, d head dim.
+Dimension key: L layers, B slots or rows, T new positions of a row, S positions, P pages, N positions of a page, W pages of
+one slot's table, H query heads, K key/value heads, G = H / K, R = T G rows of a head's matrix products, C = 2K, d head dim.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from configs.schema import Enum, require
 from kernels.attention.cache import DenseCache, PagedCache
 from kernels.attention.dense_blocks import decode_dense_blocks
-from kernels.attention.ragged_paged import decode_ragged_paged, fits
+from kernels.attention.ragged_paged import attend_ragged_paged, fits
 from kernels.choice import choose
 
 
@@ -57,18 +57,52 @@ def decode_attention(
     )
     arguments = q_BxHxd, cache, lengths_B, layer
     return jax.lax.platform_dependent(*arguments, cpu=decode_dense_blocks, default=_decode_dense)
-  takes = fits(q_BxHxd, cache.pages_LxPxNxCxd)
+  out_Bx1xHxd = _attend_pages(q_BxHxd[:, None], cache, page_table_BxW, lengths_B - 1, layer, chosen)
+  return jnp.where((lengths_B > 0)[:, None, None], out_Bx1xHxd[:, 0], 0)
+
+
+def extend_attention(
+  q_BxTxHxd: jax.Array,
+  cache: PagedCache,
+  starts_B: jax.Array,
+  *,
+  layer: jax.Array | int,
+  page_table_BxW: jax.Array,
+  implementation: DecodeImplementation | str | None = None,
+) -> jax.Array:
+  """The same for T tokens in a row: query t of row b is at position `starts_B[b] + t`, and sees all up to itself.
+
+  Args:
+    q_BxTxHxd: queries.
+    cache: keys and values of the past and of the new positions.
+    starts_B: int32, at least 0.
+    layer, page_table_BxW, implementation: as for `decode_attention`.
+
+  Returns:
+    out_BxTxHxd in the dtype of q.  Queries whose own position is in no page give something finite.
+
+  Raises:
+    ConfigError, ValueError: as `decode_attention`.
+  """
+  _check(q_BxTxHxd[:, 0], cache, starts_B, page_table_BxW)
+  chosen = choose(implementation, DecodeImplementation.XLA, "extend_attention") if implementation else None
+  layer, starts_B = jnp.asarray(layer, jnp.int32), starts_B.astype(jnp.int32)
+  return _attend_pages(q_BxTxHxd, cache, page_table_BxW, starts_B, layer, chosen)
+
+
+def _attend_pages(q_BxTxHxd, cache: PagedCache, page_table_BxW, starts_B, layer, chosen) -> jax.Array:
+  takes = fits(q_BxTxHxd, cache.pages_LxPxNxCxd)
   require(
     takes or chosen is not DecodeImplementation.RAGGED_PAGED,
-    f"decode_attention: implementation='ragged_paged' does not take q {q_BxHxd.dtype}{list(q_BxHxd.shape)} with pages"
+    f"decode_attention: implementation='ragged_paged' does not take q {q_BxTxHxd.dtype}{list(q_BxTxHxd.shape)} with pages"
     f" {cache.pages_LxPxNxCxd.dtype}{list(cache.pages_LxPxNxCxd.shape)}",
   )
-  arguments = q_BxHxd, cache.pages_LxPxNxCxd, page_table_BxW.astype(jnp.int32), lengths_B, layer
+  arguments = q_BxTxHxd, cache.pages_LxPxNxCxd, page_table_BxW.astype(jnp.int32), starts_B, layer
   if chosen is DecodeImplementation.XLA or not takes:
-    return _decode_pages(*arguments)
+    return _attend_one_by_one(*arguments)
   if chosen is DecodeImplementation.RAGGED_PAGED:
-    return decode_ragged_paged(*arguments)
-  return jax.lax.platform_dependent(*arguments, tpu=decode_ragged_paged, default=_decode_pages)
+    return attend_ragged_paged(*arguments)
+  return jax.lax.platform_dependent(*arguments, tpu=attend_ragged_paged, default=_attend_one_by_one)
 
 
 def _check(q, cache, lengths, page_table) -> None:
@@ -101,30 +135,34 @@ def _decode_dense(q_BxHxd, cache: DenseCache, lengths_B, layer) -> jax.Array:
   return jnp.where((lengths_B > 0)[:, None, None], out_BxHxd, 0)
 
 
-def _decode_pages(q_BxHxd, pages_LxPxNxCxd, page_table_BxW, lengths_B, layer) -> jax.Array:
+def _attend_one_by_one(q_BxTxHxd, pages_LxPxNxCxd, page_table_BxW, starts_B, layer) -> jax.Array:
   """Online softmax over the pages.  (Gathered all at once they are a copy of the cache, and took ten times as long.)"""
-  (B, H, d), (N, C) = q_BxHxd.shape, pages_LxPxNxCxd.shape[2:4]
-  wide = jnp.promote_types(q_BxHxd.dtype, jnp.float32)
-  q_BxKxGxd = q_BxHxd.reshape(B, C // 2, -1, d)
+  (B, T, H, d), (N, C) = q_BxTxHxd.shape, pages_LxPxNxCxd.shape[2:4]
+  K, G = C // 2, 2 * H // C
+  wide = jnp.promote_types(q_BxTxHxd.dtype, jnp.float32)
+  q_BxKxRxd = q_BxTxHxd.reshape(B, T, K, G, d).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, d)
+  position_BxR = starts_B[:, None] + jnp.arange(T * G) // G
 
   def page(w, carry):
-    old_BxKxGx1, sum_BxKxGx1, value_BxKxGxd = carry
-    kv_BxNxCxd = pages_LxPxNxCxd.at[layer, page_table_BxW[:, w]].get(mode="clip")
+    old_BxKxRx1, sum_BxKxRx1, value_BxKxRxd = carry
+    kv_BxNxCxd = pages_LxPxNxCxd.at[layer, page_table_BxW.at[:, w].get(mode="clip")].get(mode="clip")
     k_BxNxKxd, v_BxNxKxd = kv_BxNxCxd[:, :, 0::2], kv_BxNxCxd[:, :, 1::2]
-    scores_BxKxGxN = jnp.einsum("bkgd,bnkd->bkgn", q_BxKxGxd, k_BxNxKxd, preferred_element_type=wide) * d**-0.5
-    past_BxN = w * N + jnp.arange(N) < lengths_B[:, None]
-    masked_BxKxGxN = jnp.where(past_BxN[:, None, None], scores_BxKxGxN, jnp.finfo(wide).min)
-    max_BxKxGx1 = jnp.maximum(old_BxKxGx1, masked_BxKxGxN.max(axis=-1, keepdims=True))
-    probs_BxKxGxN = jnp.exp(masked_BxKxGxN - max_BxKxGx1)
-    shrink_BxKxGx1 = jnp.exp(old_BxKxGx1 - max_BxKxGx1)
-    more_BxKxGxd = jnp.einsum(
-      "bkgn,bnkd->bkgd", probs_BxKxGxN.astype(v_BxNxKxd.dtype), v_BxNxKxd, preferred_element_type=wide
+    scores_BxKxRxN = jnp.einsum("bkrd,bnkd->bkrn", q_BxKxRxd, k_BxNxKxd, preferred_element_type=wide) * d**-0.5
+    past_BxRxN = w * N + jnp.arange(N) <= position_BxR[:, :, None]
+    masked_BxKxRxN = jnp.where(past_BxRxN[:, None], scores_BxKxRxN, jnp.finfo(wide).min)
+    max_BxKxRx1 = jnp.maximum(old_BxKxRx1, masked_BxKxRxN.max(axis=-1, keepdims=True))
+    probs_BxKxRxN = jnp.exp(masked_BxKxRxN - max_BxKxRx1)
+    shrink_BxKxRx1 = jnp.exp(old_BxKxRx1 - max_BxKxRx1)
+    more_BxKxRxd = jnp.einsum(
+      "bkrn,bnkd->bkrd", probs_BxKxRxN.astype(v_BxNxKxd.dtype), v_BxNxKxd, preferred_element_type=wide
     )
-    sum_BxKxGx1 = shrink_BxKxGx1 * sum_BxKxGx1 + probs_BxKxGxN.sum(axis=-1, keepdims=True)
-    return max_BxKxGx1, sum_BxKxGx1, shrink_BxKxGx1 * value_BxKxGxd + more_BxKxGxd
+    sum_BxKxRx1 = shrink_BxKxRx1 * sum_BxKxRx1 + probs_BxKxRxN.sum(axis=-1, keepdims=True)
+    return max_BxKxRx1, sum_BxKxRx1, shrink_BxKxRx1 * value_BxKxRxd + more_BxKxRxd
 
-  zeros_BxKxGx1 = jnp.zeros((*q_BxKxGxd.shape[:3], 1), wide)
-  carry = (zeros_BxKxGx1 + jnp.finfo(wide).min, zeros_BxKxGx1, jnp.zeros(q_BxKxGxd.shape, wide))
-  _, sum_BxKxGx1, value_BxKxGxd = jax.lax.fori_loop(0, -(-jnp.max(lengths_B) // N), page, carry)
-  out_BxHxd = (value_BxKxGxd / sum_BxKxGx1).reshape(B, H, d).astype(q_BxHxd.dtype)
-  return jnp.where((lengths_B > 0)[:, None, None], out_BxHxd, 0)
+  zeros_BxKxRx1 = jnp.zeros((*q_BxKxRxd.shape[:3], 1), wide)
+  carry = (zeros_BxKxRx1 + jnp.finfo(wide).min, zeros_BxKxRx1, jnp.zeros(q_BxKxRxd.shape, wide))
+  # One page at least, so that the sum is never 0.
+  pages = jnp.maximum(-(-(jnp.max(starts_B) + T) // N), 1)
+  _, sum_BxKxRx1, value_BxKxRxd = jax.lax.fori_loop(0, pages, page, carry)
+  out_BxKxTxGxd = (value_BxKxRxd / sum_BxKxRx1).reshape(B, K, T, G, d)
+  return out_BxKxTxGxd.transpose(0, 2, 1, 3, 4).reshape(B, T, H, d).astype(q_BxTxHxd.dtype)

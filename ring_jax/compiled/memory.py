@@ -140,15 +140,19 @@ def _rollout(trained: ModelConfig, rollout: RolloutConfig, kind: Kind) -> dict[s
   if kind is Kind.TRANSFER:
     return {"parameters": _stored(trained, head=True), "output": stored, "temp": 0}
   length = engine.bucket(rollout.max_len)
-  cache = jax.eval_shape(lambda: init_cache(model, rollout.slots, length, min(rollout.page_size, length)))
-  held = device_bytes(jax.tree.map(
-    lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.named(mesh, model.parallel.rules, axes)),
-    cache, cache_axes(cache),
-  ))  # fmt: skip
+
+  def size(*shape: int) -> int:
+    cache = jax.eval_shape(lambda: init_cache(model, *shape))
+    return device_bytes(jax.tree.map(
+      lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rules.named(mesh, model.parallel.rules, axes)),
+      cache, cache_axes(cache),
+    ))  # fmt: skip
+
+  held = size(rollout.slots, length, min(rollout.page_size, length), rollout.pages)
   if kind is Kind.DECODE:
     return {"parameters": stored, "kv_cache": held, "temp": _decode_temp(model, rollout.slots)}
   rows = rollout.prefill_batch // model.parallel.batch_parts
-  prefix = held * rollout.prefill_batch // rollout.slots
+  prefix = size(rollout.prefill_batch, length)
   return {
     "parameters": stored,
     "resident": held,

@@ -4,13 +4,14 @@ from ring_jax.model.api import (
   Params,
   abstract_params,
   decode_step,
+  extend,
   forward,
   init_params,
   is_router_bias,
   num_params,
   param_shardings,
 )
-from ring_jax.model.attention import KVCache, cache_axes, init_cache, page_table
+from ring_jax.model.attention import KVCache, cache_axes, init_cache
 from ring_jax.model.router import updated_bias
 from ring_jax.model.scalar import abstract_scalar, init_scalar, scalar_from_actor, scalar_shardings, scalar_values
 from ring_jax.model.transformer import ForwardOutput
@@ -23,13 +24,13 @@ __all__ = [
   "abstract_scalar",
   "cache_axes",
   "decode_step",
+  "extend",
   "forward",
   "init_cache",
   "init_params",
   "init_scalar",
   "is_router_bias",
   "num_params",
-  "page_table",
   "param_shardings",
   "scalar_from_actor",
   "scalar_shardings",

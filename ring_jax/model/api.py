@@ -5,8 +5,8 @@
                                mlp.{gate, up, down}  or  moe.{router.{kernel, bias}, experts.{gate_up, down}, shared}
     mtp:                       enorm, hnorm, eh_proj, block (one MoE layer, not stacked), final_norm
 
-A part whose count is 0 is absent.  Dimension key: B rows or slots, T positions, D hidden, L MoE layers, K experts a token,
-V vocabulary.
+A part whose count is 0 is absent.  Dimension key: B rows or slots, T positions, W pages of a slot, D hidden, L MoE layers,
+K experts a token, V vocabulary.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from configs.schema import ModelConfig, ParallelConfig
+from kernels.attention import PagedCache
 from ring_jax.model.attention import KVCache
 from ring_jax.model.layers import logical_axes
 from ring_jax.model.transformer import ForwardOutput, RingModel
@@ -129,6 +130,7 @@ def decode_step(
   positions_B: jax.Array,
   active_B: jax.Array,
   cache: KVCache,
+  page_table_BxW: jax.Array | None = None,
   *,
   return_experts: bool = False,
 ) -> tuple[jax.Array, KVCache] | tuple[jax.Array, KVCache, jax.Array]:
@@ -136,5 +138,27 @@ def decode_step(
   for the token's experts in each MoE layer, int32 [L, B, K].
 
   Slots that are not active cost no expert work; what they return is meaningless but finite.
+
+  Args:
+    page_table_BxW: int32, of a cache in pages; on a mesh, each device's slots name that device's pages from 0.
   """
-  return _merge(config, params).decode(tokens_B, positions_B, active_B, cache, return_experts=return_experts)
+  model = _merge(config, params)
+  return model.decode(tokens_B, positions_B, active_B, cache, page_table_BxW, return_experts=return_experts)
+
+
+def extend(
+  config: ModelConfig,
+  params: Params,
+  tokens_BxT: jax.Array,
+  starts_B: jax.Array,
+  counts_B: jax.Array,
+  cache: PagedCache,
+  page_table_BxW: jax.Array,
+) -> PagedCache:
+  """A prefill whose beginning is in the cache: keys and values of the first `counts_B` of T tokens a row, from position
+  `starts_B` on, over all that stands before them.
+
+  Args:
+    page_table_BxW: int32, of each row; as in `decode_step`.
+  """
+  return _merge(config, params).extend(tokens_BxT, starts_B, counts_B, cache, page_table_BxW)

@@ -5,8 +5,9 @@ One module serves training on packed sequences, prefill and decode.  They differ
 * `__call__`: keys and values of the tokens given; a token attends to earlier positions of its own segment.  They are
   returned, so that a prefill can keep them.
 * `decode`: one token a slot; its key and value are written into the cache, and it attends to the slot's past.
+* `extend`: the same for several tokens of a row over pages: a prefill whose beginning is in the cache already.
 
-Dimension key: B rows or slots, T positions, S cache length, L layers, D hidden, H query heads, K kv heads,
+Dimension key: B rows or slots, T positions, S cache length, W pages of a slot, L layers, D hidden, H query heads, K kv heads,
 G = H / K query heads a kv head, d head dim.
 """
 
@@ -15,7 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs.schema import ModelConfig
-from kernels.attention import DenseCache, PagedCache, decode_attention, packed_attention, prefill_attention
+from kernels.attention import (
+  DenseCache,
+  PagedCache,
+  decode_attention,
+  extend_attention,
+  packed_attention,
+  prefill_attention,
+)
 from ring_jax.model.layers import RMSNorm, normal, rotate, weight
 from sharding import rules
 
@@ -30,18 +38,14 @@ def cache_axes(cache: KVCache) -> KVCache:
   return DenseCache(_DENSE_AXES, _DENSE_AXES) if isinstance(cache, DenseCache) else PagedCache(_PAGED_AXES)
 
 
-def init_cache(config: ModelConfig, slots: int, length: int, page_size: int = 0) -> KVCache:
-  """An empty cache in the model's dtype; with a page size, in pages, each slot's in a row."""
+def init_cache(config: ModelConfig, slots: int, length: int, page_size: int = 0, pages: int = 0) -> KVCache:
+  """An empty cache in the model's dtype; with a page size, of so many pages (0: as many as all slots at full length)."""
   layers, heads, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
   if page_size:
-    return PagedCache.empty(layers, slots * (length // page_size), page_size, heads, dim, config.dtype)
+    pages = pages or slots * (length // page_size)
+    return PagedCache.empty(layers, pages, page_size, heads, dim, config.dtype)
   lead = (layers, slots, heads)
   return DenseCache(jnp.zeros((*lead, dim, length), config.dtype), jnp.zeros((*lead, length, dim), config.dtype))
-
-
-def page_table(cache: PagedCache, slots: int) -> jax.Array:
-  """int32 [B, W]: slot b has pages b W to (b + 1) W."""
-  return jnp.arange(cache.pages_LxPxNxCxd.shape[1], dtype=jnp.int32).reshape(slots, -1)
 
 
 class Attention(nnx.Module):
@@ -86,27 +90,45 @@ class Attention(nnx.Module):
     out_BxTxHxd = attend(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT)
     return self._out(out_BxTxHxd), (k_BxTxKxd.transpose(0, 2, 3, 1), v_BxTxKxd.transpose(0, 2, 1, 3))
 
-  def decode(self, x_Bx1xD: jax.Array, rotary, positions_B: jax.Array, active_B: jax.Array, cache: KVCache, layer):
+  def decode(
+    self, x_Bx1xD: jax.Array, rotary, positions_B, active_B, cache: KVCache, layer, page_table_BxW: jax.Array | None
+  ):
     """One token a slot at `positions_B`; returns (output [B, 1, D], cache with the active slots' keys and values)."""
     slots, heads, kept = ("batch",), ("batch", None, "kv_heads", None), cache_axes(cache)
     step = rules.manual(
       _attend_slots,
       self.config.parallel.rules,
-      (("batch", None, "heads", None), heads, heads, slots, slots, kept, ()),
+      (("batch", None, "heads", None), heads, heads, slots, slots, kept, (), ("batch", None)),
       (("batch", None, "heads", None), kept),
     )
-    out_Bx1xHxd, cache = step(*self._project(x_Bx1xD, rotary), positions_B, active_B, cache, layer)
+    projected = self._project(x_Bx1xD, rotary)
+    out_Bx1xHxd, cache = step(*projected, positions_B, active_B, cache, layer, page_table_BxW)
     return self._out(out_Bx1xHxd), cache
 
+  def extend(self, x_BxTxD: jax.Array, rotary, starts_B, counts_B, cache: PagedCache, layer, page_table_BxW):
+    """`counts_B` of T tokens a row from `starts_B` on; returns (output [B, T, D], cache with their keys and values)."""
+    rows, heads, kept = ("batch",), ("batch", None, "kv_heads", None), cache_axes(cache)
+    step = rules.manual(
+      _attend_rows,
+      self.config.parallel.rules,
+      (("batch", None, "heads", None), heads, heads, rows, rows, kept, (), ("batch", None)),
+      (("batch", None, "heads", None), kept),
+    )
+    projected = self._project(x_BxTxD, rotary)
+    out_BxTxHxd, cache = step(*projected, starts_B, counts_B, cache, layer, page_table_BxW)
+    return self._out(out_BxTxHxd), cache
 
-def _attend_slots(q_Bx1xHxd, k_Bx1xKxd, v_Bx1xKxd, positions_B, active_B, cache: KVCache, layer):
+
+def _attend_slots(q_Bx1xHxd, k_Bx1xKxd, v_Bx1xKxd, positions_B, active_B, cache: KVCache, layer, page_table_BxW):
   """Writes one layer's keys and values of the new tokens and attends to each slot's past."""
   new = layer, k_Bx1xKxd[:, 0], v_Bx1xKxd[:, 0]
-  if isinstance(cache, PagedCache):
-    table_BxW = page_table(cache, len(positions_B))
-    cache = cache.write(*new, table_BxW, positions_B, active_B)
-  else:
-    table_BxW, cache = None, cache.write(*new, positions_B, active_B)
+  paged = isinstance(cache, PagedCache)
+  cache = cache.write(*new, *((page_table_BxW,) if paged else ()), positions_B, active_B)
   lengths_B = jnp.where(active_B, positions_B + 1, 0)
-  out_BxHxd = decode_attention(q_Bx1xHxd[:, 0], cache, lengths_B, layer=layer, page_table_BxW=table_BxW)
+  out_BxHxd = decode_attention(q_Bx1xHxd[:, 0], cache, lengths_B, layer=layer, page_table_BxW=page_table_BxW)
   return out_BxHxd[:, None], cache
+
+
+def _attend_rows(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, starts_B, counts_B, cache: PagedCache, layer, page_table_BxW):
+  cache = cache.extend(layer, k_BxTxKxd, v_BxTxKxd, page_table_BxW, starts_B, counts_B)
+  return extend_attention(q_BxTxHxd, cache, starts_B, layer=layer, page_table_BxW=page_table_BxW), cache

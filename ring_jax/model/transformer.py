@@ -9,7 +9,8 @@
 Layers of one kind are stacked on a leading axis and scanned, so that an 80-layer model compiles like a 2-layer one.
 Flax NNX holds the structure; the world outside sees a nested dict of arrays (architecture decision 2).
 
-Dimension key: B rows or slots, T positions, D hidden, L layers, E experts, K experts a token, V vocabulary.
+Dimension key: B rows or slots, T positions, W pages of a slot, D hidden, L layers, E experts, K experts a token, V
+vocabulary.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from configs.schema import ModelConfig, Remat
-from kernels.attention import DenseCache
+from kernels.attention import DenseCache, PagedCache
 from ring_jax.model.attention import Attention, KVCache
 from ring_jax.model.layers import MLP, RMSNorm, normal, rotary_tables, weight
 from ring_jax.model.moe import MoE
@@ -74,12 +75,23 @@ class Block(nnx.Module):
     x_BxTxD, routed = self._feed_forward(x_BxTxD + out_BxTxD, segment_ids_BxT > 0, given_BxTxK, record=record)
     return x_BxTxD, routed, kv
 
-  def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer, index, *, record):
+  def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer, index, page_table_BxW, *, record):
     """`layer` of all, whose cache it is; `index` of its kind, whose experts it has."""
     with jax.named_scope("attention"):
-      out_Bx1xD, cache = self.attention.decode(self.input_norm(x_Bx1xD), rotary, positions_B, active_B, cache, layer)
+      out_Bx1xD, cache = self.attention.decode(
+        self.input_norm(x_Bx1xD), rotary, positions_B, active_B, cache, layer, page_table_BxW
+      )
     x_Bx1xD, routed = self._feed_forward(x_Bx1xD + out_Bx1xD, active_B[:, None], index=index, record=record)
     return x_Bx1xD, cache, routed
+
+  def extend(self, x_BxTxD, rotary, starts_B, counts_B, cache, layer, page_table_BxW):
+    with jax.named_scope("attention"):
+      out_BxTxD, cache = self.attention.extend(
+        self.input_norm(x_BxTxD), rotary, starts_B, counts_B, cache, layer, page_table_BxW
+      )
+    valid_BxT = jnp.arange(x_BxTxD.shape[1]) < counts_B[:, None]
+    x_BxTxD, _ = self._feed_forward(x_BxTxD + out_BxTxD, valid_BxT)
+    return x_BxTxD, cache
 
 
 class Embedding(nnx.Module):
@@ -197,7 +209,7 @@ class RingModel(nnx.Module):
     kv = DenseCache(*(jnp.concatenate(part) for part in zip(*caches, strict=True))) if return_kv else None
     return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv, experts)
 
-  def decode(self, tokens_B, positions_B, active_B, cache: KVCache, *, return_experts: bool):
+  def decode(self, tokens_B, positions_B, active_B, cache: KVCache, page_table_BxW, *, return_experts: bool):
     tokens_B, positions_B, active_B = (
       rules.reshard(x_B, self.config.parallel.rules, "batch") for x_B in (tokens_B, positions_B, active_B)
     )
@@ -211,7 +223,7 @@ class RingModel(nnx.Module):
       def layer(carry, scanned, graph=graph, experts=experts, first=first):
         params, index = scanned
         *carry, routed = nnx.merge(graph, experts, params).decode(
-          carry[0], rotary, positions_B, active_B, carry[1], first + index, index, record=return_experts
+          carry[0], rotary, positions_B, active_B, carry[1], first + index, index, page_table_BxW, record=return_experts
         )
         return tuple(carry), routed.ids_BxTxK if return_experts and routed else None
 
@@ -223,6 +235,27 @@ class RingModel(nnx.Module):
     x_Bx1xD, cache = carry
     hidden_BxD = self.final_norm(x_Bx1xD)[:, 0]
     return (hidden_BxD, cache, chosen) if return_experts else (hidden_BxD, cache)
+
+  def extend(self, tokens_BxT, starts_B, counts_B, cache: PagedCache, page_table_BxW) -> PagedCache:
+    """The last layer's output is of no use; layers are scanned, and so it is computed."""
+    tokens_BxT, page_table_BxW = (
+      rules.reshard(x, self.config.parallel.rules, "batch", None) for x in (tokens_BxT, page_table_BxW)
+    )
+    starts_B, counts_B = (rules.reshard(x_B, self.config.parallel.rules, "batch") for x_B in (starts_B, counts_B))
+    rotary = rotary_tables(self.config, starts_B[:, None] + jnp.arange(tokens_BxT.shape[1]))
+    carry, first = (self.embed(tokens_BxT), cache), 0
+    for stack in self._stacks():
+      graph, stacked = nnx.split(stack)
+
+      def layer(carry, scanned, graph=graph):
+        params, index = scanned
+        block = nnx.merge(graph, params)
+        return block.extend(carry[0], rotary, starts_B, counts_B, carry[1], index, page_table_BxW), None
+
+      depth = jax.tree.leaves(stacked)[0].shape[0]
+      carry, _ = jax.lax.scan(layer, carry, (stacked, jnp.arange(first, first + depth)))
+      first += depth
+    return carry[1]
 
 
 def _stack(config: ModelConfig, moe: bool, depth: int, rngs: nnx.Rngs) -> Block:

@@ -17,7 +17,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.schema import ConfigError
-from kernels.attention import DenseCache, PagedCache, decode_attention, dense_blocks, packed_attention
+from kernels.attention import (
+  DenseCache,
+  PagedCache,
+  decode_attention,
+  dense_blocks,
+  extend_attention,
+  packed_attention,
+)
 from kernels.attention.ragged_paged import fits
 from sharding.topology import Topology
 
@@ -130,6 +137,61 @@ def test_a_prompt_that_fills_no_page_needs_no_more_pages():
     cache.insert(k, v, jnp.asarray([7]), PAGE + 3)
 
 
+def extended(filled, starts, counts, layer):
+  """Queries of T new positions, keys and values written first; what they give, and the definition."""
+  K, d = filled.k.shape[3:]
+  T = max(counts)
+  q = jax.random.normal(jax.random.key(11), (SLOTS, T, filled.q.shape[1], d))
+  at = np.minimum(np.asarray(starts)[:, None] + np.arange(T), LENGTH - 1)
+  new = [x[layer, np.arange(SLOTS)[:, None], at] for x in (filled.k, filled.v)]
+  cache = PagedCache(jnp.full_like(filled.paged.pages_LxPxNxCxd, 3.0))
+  for slot, start in enumerate(starts):
+    cache = cache.insert(filled.k[:, slot], filled.v[:, slot], filled.table[slot], start)
+  cache = cache.extend(layer, *new, filled.table, jnp.asarray(starts), jnp.asarray(counts))
+  want = np.zeros(q.shape)
+  for slot, count in enumerate(counts):
+    for t in range(count):
+      k, v = (np.asarray(x[layer, slot, : starts[slot] + t + 1], np.float64) for x in (filled.k, filled.v))
+      for h in range(q.shape[2]):
+        scores = k[:, h * K // q.shape[2]] @ np.asarray(q[slot, t, h], np.float64) / np.sqrt(d)
+        weights = np.exp(scores - scores.max())
+        want[slot, t, h] = weights @ v[:, h * K // q.shape[2]] / weights.sum()
+  return q, cache, want, np.arange(T) < np.asarray(counts)[:, None]
+
+
+# From nothing; a page's end; to the very end of the cache; nothing at all; across pages; one token.
+STARTS, COUNTS = [0, PAGE, LENGTH - 5, 0, 3, 22], [11, 2, 5, 0, 2 * PAGE, 1]
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 8)])
+def test_new_positions_see_the_past_and_themselves(heads):
+  filled = filled_with(heads)
+  q, cache, want, valid = extended(filled, STARTS, COUNTS, 1)
+  out = jax.jit(extend_attention)(q, cache, jnp.asarray(STARTS), layer=1, page_table_BxW=filled.table)
+  assert np.isfinite(out).all()
+  np.testing.assert_allclose(np.asarray(out)[valid], want[valid], atol=2e-6)
+  # A row without new positions wrote nothing, nor did anybody into pages of no slot.
+  others = np.setdiff1d(np.arange(SLOTS * WIDTH + 3), np.delete(np.asarray(filled.table), 3, axis=0))
+  assert (np.asarray(cache.pages_LxPxNxCxd)[:, others] == 3.0).all()
+
+
+def test_one_new_position_is_a_decode_step():
+  filled = filled_with((4, 2, 16))
+  starts = jnp.maximum(filled.lengths, 1) - 1
+  out = extend_attention(filled.q[:, None], filled.paged, starts, layer=1, page_table_BxW=filled.table)[:, 0]
+  decoded = attend(filled.q, filled.paged, filled.lengths, layer=1, page_table_BxW=filled.table)
+  np.testing.assert_allclose(out[filled.lengths > 0], decoded[filled.lengths > 0], atol=1e-6)
+
+
+def test_pages_are_copied_whole_and_a_target_beyond_the_last_is_dropped():
+  pages = filled_with((4, 2, 16)).paged
+  count = pages.pages_LxPxNxCxd.shape[1]
+  copied = pages.copy(jnp.asarray([4, 2, 0]), jnp.asarray([7, count, 9])).pages_LxPxNxCxd
+  want = np.asarray(pages.pages_LxPxNxCxd).copy()
+  want[:, [7, 9]] = want[:, [4, 0]]
+  np.testing.assert_array_equal(copied, want)
+
+
 def test_the_last_token_of_a_packed_row_is_a_decode_step():
   """Training and sampling compute the same attention (architecture decision 4)."""
   filled = filled_with((4, 2, 16))
@@ -187,6 +249,17 @@ def test_kernel_in_the_simulator(heads, block, simulated, monkeypatch, capfd):
   assert "RACE DETECTED" not in "".join(capfd.readouterr())
 
 
+def test_kernel_with_many_queries_in_the_simulator(simulated, monkeypatch, capfd):
+  monkeypatch.setattr("kernels.attention.ragged_paged._BLOCK_POSITIONS", PAGE)
+  filled = filled_with((4, 2, 128))
+  q, cache, want, valid = extended(filled, STARTS, COUNTS, 1)
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    simulate = jax.jit(functools.partial(extend_attention, layer=1, implementation="ragged_paged"))
+    out = simulate(q, cache, jnp.asarray(STARTS), page_table_BxW=filled.table)
+  np.testing.assert_allclose(np.asarray(out)[valid], want[valid], atol=5e-6)
+  assert "RACE DETECTED" not in "".join(capfd.readouterr())
+
+
 MODELS = {"ring_mini": (16, 4, 128), "ring_flash": (32, 4, 128), "ring_1t": (64, 8, 128)}
 
 
@@ -231,6 +304,33 @@ def check_step(program, cache_bytes):
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles(chip):
   check_step(*compiled_step(chip, MODELS["ring_mini"], slots=64, page=256, context=65536))
+
+
+@pytest.mark.tpu
+def test_many_new_positions_compile():
+  """A prefill that goes on from pages: the kernel, and no copy of the cache."""
+  H, K, d = MODELS["ring_mini"]
+  layers, pages, page, rows, tokens, width = 4, 256, 256, 8, 512, 128
+
+  def step(q, cache, table, starts, counts, k, v):
+    def layer(cache, index):
+      cache = cache.extend(index, k, v, table, starts, counts)
+      return cache, extend_attention(q, cache, starts, layer=index, page_table_BxW=table)
+
+    return jax.lax.scan(layer, cache, jnp.arange(layers))
+
+  mesh = Mesh(np.array(Topology.parse(CHIPS["v5e"]).devices()[:1]), ("x",))
+  of = lambda shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P()))  # noqa: E731
+  numbers, new = of((rows,), jnp.int32), of((rows, tokens, K, d))
+  cache = PagedCache(of((layers, pages, page, 2 * K, d)))
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    lowered = jax.jit(step, donate_argnums=1).lower(
+      of((rows, tokens, H, d)), cache, of((rows, width), jnp.int32), numbers, numbers, new, new
+    )
+  program, cache_bytes = lowered.compile(), 2 * np.prod(cache.pages_LxPxNxCxd.shape)
+  text, memory = program.as_text(), program.memory_analysis()
+  assert text.count('custom_call_target="tpu_custom_call"') == 1
+  assert memory.alias_size_in_bytes >= cache_bytes and memory.temp_size_in_bytes < cache_bytes / 4
 
 
 @pytest.mark.tpu
