@@ -161,7 +161,7 @@ class _Builder:
       self._extend(slot, uid, count, version, decoding, seconds)
       if reason is not None:
         self._leave(seconds, [(slot, uid)], Happened(reason))
-        self._last_slot.pop(uid)
+        self._last_slot.pop(uid, None)  # a log that contradicts itself is drawn as it stands; replay finds it
     self._turn = seconds
     self._count(seconds)
 
