@@ -45,8 +45,10 @@ test: $(VENV)/test.stamp  ## all tests
 test-tpu: $(VENV)/test.stamp  ## the kernels at real shapes, by the TPU compiler for every chip (no TPU needed)
 	$(PYTEST) -m "tpu or tpu_full" tests
 
+# Each program in a process of its own: the compiler keeps the memory that it took.
 test-pods: $(VENV)/test.stamp  ## Ring-mini, Ring-flash and Ring-1T compiled whole for their pods, by the TPU compiler (no TPU needed)
-	$(PYTEST) -m pods tests
+	$(RUN) -m pytest -o addopts= --import-mode=importlib --collect-only -q -m pods tests | grep :: \
+	  | xargs -r -d '\n' -P 2 -n 1 $(RUN) -m pytest -m pods
 
 parity: $(VENV)/test.stamp  ## compare with PyTorch, transformers and vLLM; the report is parity_report/report.html
 	$(RUN) -m parity.run --suite=all --report=parity_report

@@ -1,11 +1,12 @@
 """Costs of stages on this machine, fitted to short runs, and what they say of other runs.
 
     stage seconds = a work  +  s work / devices  +  b calls devices
-                    where the model is cut  +  c calls devices  +  w work, up to one device a core
+                    where the model is cut  +  c calls pieces  +  w work, up to one device a core
 
 Work is what the stage computes: tokens of its microbatches, padding included; decode steps times slots.  Calls are its
-microbatches or dispatches.  s is work that a device does not spread over all cores, b what it costs to dispatch to one more device, c that device's share of the collectives,
-w what devices idle that wait for each other in a collective while no other device is there to use their core (seen in
+microbatches or dispatches.  s is work that a device does not spread over all cores, b
+what it costs to dispatch to one more device, c a piece of the model that reaches a device which lacks it: with d replicas of
+the model on n devices each of which gathers what the others have, n - d models in all.  w is what devices idle that wait for each other in a collective while no other device is there to use their core (seen in
 runs on two cores: training with fsdp on two devices took 1.5 to 2.4 times as long as on two replicas, or with fsdp on four).
 Coefficients are of at least 0, by least absolute deviations over the runs; one more must lower these by a twentieth
 (rollout/simulator/calibration.py), so that a single run gives a alone.
@@ -198,7 +199,8 @@ class Measured:
     """What the law's coefficients are multiplied by."""
     work = self._rollouts.work(config.rollout)
     devices = self._devices(config, stage)
-    cut = devices > config.seats[self._role(config, stage)].parallel.mesh.data
+    data = config.seats[self._role(config, stage)].parallel.mesh.data
+    cut = devices > data
     match stage:
       case Stage.SCORE:
         return work.rollouts, 0.0, 0.0, 0.0, 0.0
@@ -210,7 +212,7 @@ class Measured:
         calls = microbatches(config, self._phase, work, self._trained)
         units = calls * config.packing.rows * config.packing.length
     idles = cut and devices <= self.capacity
-    return units, units / devices, calls * devices, calls * devices * cut, units * idles
+    return units, units / devices, calls * devices, calls * (devices - data), units * idles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
