@@ -233,16 +233,18 @@ class EngineService:
       if self._closed:
         return False
       aborted, self._aborted = self._aborted, []
-      updates, self._updates = self._updates, []
     self._give_up(aborted)
-    for params, version, done in updates:
+    while self._updates:
+      params, version, done = self._updates[0]
       self._worker.load(params, version)
       self._version = version
+      del self._updates[0]  # not before: whoever waits for it must hear of an engine that fails
       done.set()
     if self._paused:
       return True
     jobs = self._placed()
-    if jobs or self._worker.running:
+    # Not what the worker runs: it may have requests to hand back that new weights took out of their slots.
+    if jobs or self._in_slot:
       self._dispatch(jobs)
     return True
 
@@ -293,19 +295,17 @@ class EngineService:
       self.abort(number)
 
   def _give_up(self, numbers: Sequence[int]) -> None:
-    slots, listeners = [], []
     with self._changed:
       numbers = [number for number in dict.fromkeys(numbers) if number in self._tickets]
-      for slot, number in list(self._in_slot.items()):
-        if number in numbers:
-          slots.append(slot)
-          self._vacate(slot)
-      for number in numbers:
-        listeners.append(self._tickets.pop(number).listener)
-        self._counts["aborted"] += 1
-      self._changed.notify_all()
-    self._worker.release(slots)
+      slots = [slot for slot, number in self._in_slot.items() if number in numbers]
+    self._worker.release(slots)  # first: who still has a ticket hears of an engine that fails
     self._crowded &= not slots
+    with self._changed:
+      for slot in slots:
+        self._vacate(slot)
+      listeners = [self._tickets.pop(number).listener for number in numbers]
+      self._counts["aborted"] += len(numbers)
+      self._changed.notify_all()
     for listener in listeners:
       _tell(listener, Update([], [], self._version, FinishReason.ABORTED))
 

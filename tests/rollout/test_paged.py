@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -324,6 +325,31 @@ def test_a_service_finishes_more_requests_than_its_pages_hold(dense):
   use = service.stats().cache
   assert use.evicted + use.refused > 0 and use.peak <= 14
   assert done == dense.reasons and all(heard[uid] == dense.drawn[uid][0] for uid in heard)
+
+
+def test_a_service_goes_on_with_what_new_weights_took_out_of_its_slot():
+  service = EngineService(EngineWorker(engine(eos=(), pages=8)), stored(0), 0, max_waiting=4)
+  drawn, ended, paused = {0: [], 1: []}, threading.Event(), threading.Event()
+
+  def listener(uid):
+    def hear(update):
+      drawn[uid].extend(update.tokens)
+      if uid == 1 and len(drawn[1]) == 9:
+        service.pause()
+        paused.set()
+      if uid == 1 and update.reason is not None:
+        ended.set()
+
+    return hear
+
+  first, _ = (service.submit(Request([10 + uid] * 17, 24, uid), listener(uid)) for uid in (0, 1))
+  assert paused.wait(60)
+  service.update(stored(1), 1)  # the first takes so many pages at once that the second must wait
+  service.abort(first)
+  service.resume()
+  assert ended.wait(30) and len(drawn[1]) == 24
+  assert service.stats().cache.refused == 1
+  service.close()
 
 
 def test_slots_cut_over_eight_devices():

@@ -173,6 +173,46 @@ def test_an_engine_that_fails_is_heard_of_by_all(versions):
   service.close()
 
 
+def test_weights_that_the_engine_does_not_take_are_heard_of_too(versions):
+  worker = EngineWorker(ENGINE)
+  service = EngineService(worker, versions[0], 0, max_waiting=3)
+
+  def load(params, version):
+    raise RuntimeError("out of memory")
+
+  worker.load = load
+  heard = queue.SimpleQueue()
+
+  def update(version):
+    try:
+      service.update(versions[1], version)
+    except Unavailable as error:
+      heard.put(str(error))
+
+  service.pause()
+  for version in (1, 2):
+    threading.Thread(target=update, args=(version,), daemon=True).start()
+  assert all("out of memory" in heard.get(timeout=20) for _ in range(2))
+  service.close()
+
+
+def test_one_whose_slot_cannot_be_freed_is_told(versions):
+  worker = EngineWorker(ENGINE)
+  service = EngineService(worker, versions[0], 0, max_waiting=3)
+  number, heard = ask(service, max_tokens=200)
+  heard.next()
+
+  def release(slots):
+    raise RuntimeError("out of memory")
+
+  worker.release = release
+  service.abort(number)
+  while heard.next().reason is None:
+    pass
+  assert heard.seen[-1].reason is FinishReason.ABORTED
+  service.close()
+
+
 def test_closing_tells_everyone(versions):
   service = EngineService(EngineWorker(ENGINE), versions[0], 0, max_waiting=3)
   _, heard = ask(service, max_tokens=200)
