@@ -197,7 +197,7 @@ class RingEngine(engine_api.Engine):
       "vocabulary": np.flatnonzero(np.asarray(self._mask_V)).tolist(),
       "eos_ids": sorted(self.eos_ids),
       "sampling": list(self._sampling),
-      "length": self._length,
+      "length": self._longest,
       "kv_policy": self.config.kv_policy.value,
     }
 
