@@ -119,6 +119,11 @@ class RemoteWorker:
     self._outbox.put(None)
     self._channel.close()
 
+  @property
+  def is_lost(self) -> bool:
+    """Whether the session is over: all that it will ever say has been given to `on_message`, or is about to be."""
+    return self._broken is not None
+
   def health(self) -> pb.HealthReport:
     """Raises WorkerLost: no answer, or the session is over."""
     if self._broken is not None:

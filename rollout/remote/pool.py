@@ -219,6 +219,9 @@ class WorkerPool:
 
   def _seat(self, joined: _Joined) -> None:
     worker = joined.worker
+    if worker.is_lost:  # while the driver was away; nobody would say so again
+      joined.answer.put(False)
+      return
     self._members.add(worker)
     self._worker_of |= {next(self._numbers): worker for _ in range(worker.slots)}
     _LOG.warning("rollout worker %s joined: %d slots more, %d now", worker.address, worker.slots, len(self._worker_of))

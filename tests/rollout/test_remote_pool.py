@@ -192,6 +192,28 @@ def test_slots_and_layout_are_the_worker_s_own(versions):
   same(expected, found)
 
 
+def test_a_length_that_pages_do_not_hold_is_no_worker_s_own():
+  """Its rollouts would end earlier, and what others began might not fit at all."""
+
+  def length(**changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    return RingEngine(MODEL, config, eos_ids=EOS, vocab_mask_V=MASK, seed=1).settings()["length"]
+
+  assert length(page_size=8) == length(page_size=8, pages=8) == length() != length(page_size=8, pages=6)
+
+
+def test_a_worker_that_is_lost_before_it_has_slots_gets_none(versions):
+  with started() as (_, port), pool_of(port) as pool:
+    pool.begin(versions[0], 0, [])
+    wait_until(lambda: not pool._joining.empty())
+    first = pool._connections[f"127.0.0.1:{port}"]
+  # The trainer was busy meanwhile; the pool is closed, and so is the connection.
+  wait_until(lambda: first.is_lost)
+  for _ in range(3):
+    pool.advance([])
+  assert not pool.slots
+
+
 def test_a_full_queue_gives_the_slot_back(versions):
   service = EngineService(EngineWorker(ENGINE), None, -1, max_waiting=0)
   server, port = serve(service, token=TOKEN)
