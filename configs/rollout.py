@@ -126,6 +126,15 @@ class RolloutConfig:
     """Positions that one slot's cache must hold."""
     return self.max_prompt_tokens + self.max_tokens
 
+  def check_pages(self, parts: int) -> None:
+    """Raises ConfigError: a prompt may need more pages than each of so many devices has."""
+    capacity = self.pages // parts * self.page_size
+    require(
+      not self.pages or capacity > self.max_prompt_tokens,
+      f"rollout.pages={self.pages}: {capacity} positions on a device, but a prompt may have"
+      f" rollout.max_prompt_tokens={self.max_prompt_tokens}",
+    )
+
 
 def check_address(address: str, where: str) -> None:
   """Raises ConfigError: it is not HOST:PORT."""

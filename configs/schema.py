@@ -337,3 +337,4 @@ class RunConfig:
         require(
           value % parts == 0, f"{name}={value}: must be a multiple of {parts}, the devices of {role} that share rows"
         )
+    self.rollout.check_pages(self.seats[Role.ROLLOUT].parallel.batch_parts)

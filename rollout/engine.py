@@ -120,14 +120,9 @@ class RingEngine(engine_api.Engine):
     for name in ("slots", "prefill_batch", "pages"):
       value = getattr(config, name)
       require(value % self.batch_parts == 0, f"rollout.{name}={value}: must be a multiple of {self.batch_parts}")
+    config.check_pages(self.batch_parts)
     self.pages = (config.pages or full) // self.batch_parts  # of each of these devices
-    capacity = self.pages * self.page_size
-    require(
-      not capacity or capacity > config.max_prompt_tokens,
-      f"rollout.pages={config.pages}: {capacity} positions on a device, but a prompt may have"
-      f" rollout.max_prompt_tokens={config.max_prompt_tokens}",
-    )
-    self._longest = min(self._length, capacity or self._length)
+    self._longest = min(self._length, self.pages * self.page_size or self._length)
     self.programs = self._programs()
 
   def _programs(self) -> "Programs":

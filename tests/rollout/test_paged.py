@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.schema import BudgetCounts, ConfigError, KVPolicy, RolloutConfig, Unit
+from configs.schema import (
+  BudgetCounts,
+  ConfigError,
+  KVPolicy,
+  MeshConfig,
+  PackingConfig,
+  ParallelConfig,
+  RolloutConfig,
+  Unit,
+)
 from ring_jax import model as ring_model
 from ring_jax.checkpoint.store import RunStore
 from ring_jax.records import FinishReason
@@ -365,6 +374,14 @@ def test_mistakes_are_named():
       dataclasses.replace(CONFIG, **changes)
   with pytest.raises(ConfigError, match=r"rollout.pages=5: 40 positions on a device.*max_prompt_tokens=40"):
     engine(pages=5)
+  layout = ParallelConfig(MeshConfig(data=2))
+  run = dataclasses.replace(
+    get_config(), rollout=dataclasses.replace(CONFIG, pages=12), packing=PackingConfig(length=64, rows=2)
+  )
+  with pytest.raises(ConfigError, match=r"rollout.pages=10: 40 positions on a device"):
+    dataclasses.replace(
+      run, model=dataclasses.replace(run.model, parallel=layout), rollout=dataclasses.replace(run.rollout, pages=10)
+    )
   subject = engine(pages=12)
   prefix = subject.prefill(params=stored(0), padded_tokens=np.asarray([11, 12]), true_length=2)
   with pytest.raises(ConfigError, match="JetStream client"):
