@@ -347,8 +347,10 @@ class _Session:
         for number in numbers:
           self._service.abort(number)
       case "pause":
-        self._paused = True
-        self._service.pause()
+        with self._lock:
+          if not self.ended:  # else nobody would end the pause
+            self._paused = True
+            self._service.pause()
       case "resume":
         self._paused = False
         self._service.resume()

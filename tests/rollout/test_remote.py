@@ -20,7 +20,7 @@ from ring_jax.checkpoint import hf
 from rollout.engine import RingEngine
 from rollout.remote import wire
 from rollout.remote import worker_pb2 as pb
-from rollout.remote.server import serve
+from rollout.remote.server import _Session, serve
 from rollout.remote.stream import HostWeights, Receiver, parts
 from rollout.worker import EngineWorker, Job
 from sharding.transfer.plan import named_leaves
@@ -128,6 +128,14 @@ def test_one_session_at_a_time_and_its_end_frees_everything(worker, versions):
     fourth.open()
     fourth.call(wire.UPDATE, parts(HostWeights.of(versions[0], 0), fourth.session, 1 << 20))
     assert service.version == 0
+
+
+def test_a_pause_that_is_read_after_the_end_of_its_session_holds_nobody(worker):
+  service, _ = worker
+  session = _Session(service)
+  session.end()
+  session.listen([pb.ToWorker(pause=pb.Empty())])
+  assert not service.stats().paused
 
 
 @pytest.mark.parametrize(
