@@ -160,7 +160,8 @@ class EngineService:
         raise Unavailable(self._error or "the service is closed")
       self._updates.append((params, version, done))
       self._changed.notify_all()
-    if not done.wait(timeout) or self._version < version:
+    # Not `self._version`: another trainer's may be the higher one.
+    if not done.wait(timeout) or any(waiting is done for _, _, waiting in self._updates):
       raise Unavailable(self._error or f"weights {version} are not in use after {timeout} s")
 
   def pause(self) -> None:

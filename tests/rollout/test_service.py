@@ -175,7 +175,7 @@ def test_an_engine_that_fails_is_heard_of_by_all(versions):
 
 def test_weights_that_the_engine_does_not_take_are_heard_of_too(versions):
   worker = EngineWorker(ENGINE)
-  service = EngineService(worker, versions[0], 0, max_waiting=3)
+  service = EngineService(worker, versions[0], 2, max_waiting=3)
 
   def load(params, version):
     raise RuntimeError("out of memory")
@@ -190,7 +190,7 @@ def test_weights_that_the_engine_does_not_take_are_heard_of_too(versions):
       heard.put(str(error))
 
   service.pause()
-  for version in (1, 2):
+  for version in (1, 3):
     threading.Thread(target=update, args=(version,), daemon=True).start()
   assert all("out of memory" in heard.get(timeout=20) for _ in range(2))
   service.close()
