@@ -6,6 +6,7 @@ import dataclasses
 import json
 import socket
 import time
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -18,8 +19,10 @@ from ring_jax import model as ring_model
 from ring_jax.checkpoint.errors import CheckpointError
 from ring_jax.checkpoint.store import RunStore
 from ring_jax.data.chat import render_prompt
+from rollout.paged import CacheUse
 from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
+from rollout.serving.metrics import Metrics
 from rollout.serving.schema import ChatRequest, CompletionRequest, RequestError, parse
 from rollout.serving.server import load, serve
 from rollout.serving.settings import Settings, parse_mesh
@@ -93,6 +96,18 @@ def test_a_full_queue_is_a_429_and_gives_back_what_it_took(served):
   assert refused.json()["error"]["type"] == "rate_limit_error"
   assert held.status_code == 200 and len(held.json()["choices"]) == 4
   assert service.stats().drawn_tokens == 8
+
+
+def test_every_number_of_the_service_and_its_pages_is_a_metric(served):
+  service, _ = served
+  cache = CacheUse(**{field.name: 100 + i for i, field in enumerate(dataclasses.fields(CacheUse))})
+  paged = SimpleNamespace(stats=lambda: dataclasses.replace(service.stats(), cache=cache))
+  lines = Metrics(paged, lambda: False).text().decode().splitlines()
+  for name, value in vars(cache).items():
+    assert {f"ring_jax_cache_{name} {value}.0", f"ring_jax_cache_{name}_total {value}.0"} & set(lines), name
+  for name in vars(service.stats()).keys() - {"cache", "error"}:
+    assert any(line.startswith((f"ring_jax_{name} ", f"ring_jax_{name}_total ")) for line in lines), name
+  assert b"cache" not in Metrics(service, lambda: False).text()  # this engine's slots are in one piece
 
 
 def test_a_draining_server_ends_what_runs_and_takes_nothing_in(served):
