@@ -28,6 +28,7 @@ from configs.status import ExitStatus
 from ring_jax.checkpoint.resolve import Opened, open_checkpoint
 from ring_jax.data.tokenizer import Tokenizer
 from ring_jax.model import param_shardings
+from rollout.access import address, is_local
 from rollout.engine import RingEngine, Sampling, bucket
 from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
@@ -199,17 +200,17 @@ def _jetstream(loaded: Loaded, settings: Settings) -> Any:
 
 
 def _announce(settings: Settings, loaded: Loaded, port: int) -> None:
-  host = f"[{settings.host}]" if ":" in settings.host else settings.host
   config = loaded.engine.config
   print(
     f"{loaded.model.name} (weights {loaded.version}): {config.slots} slots, prompts up to {config.max_prompt_tokens} and"
     f" answers up to {config.max_tokens} tokens, {config.dtype}"
   )
-  if not (settings.is_local or settings.api_key):
+  if not (is_local(settings.host) or settings.api_key):
     print("warning: everyone who can reach this host may use the server; --api_key asks for a key", file=sys.stderr)
   if settings.grpc_port:
-    print(f"JetStream gRPC at {host}:{settings.grpc_port}")
-  print(f"serving at http://{host}:{port}/v1; Ctrl-C or SIGTERM lets requests end, a second one does not", flush=True)
+    print(f"JetStream gRPC at {address(settings.host, settings.grpc_port)}")
+  where = f"http://{address(settings.host, port)}/v1"
+  print(f"serving at {where}; Ctrl-C or SIGTERM lets requests end, a second one does not", flush=True)
 
 
 def _uvicorn(front: Front, settings: Settings) -> uvicorn.Config:

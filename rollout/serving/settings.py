@@ -1,11 +1,11 @@
 """What a server is started with; each value is checked on construction."""
 
 import dataclasses
-import ipaddress
 
 from configs.base import require
 from configs.parallel import AXES, ExpertParallel, MeshConfig, ParallelConfig
 from configs.schema import RolloutDtype
+from rollout.access import check_key
 from rollout.serving.schema import LEAST_TEMPERATURE
 
 
@@ -59,25 +59,13 @@ class Settings:
     require(
       self.slots % parts == 0, f"--slots={self.slots}: must be a multiple of {parts}, the devices that share them"
     )
-    require(
-      all(33 <= ord(letter) < 127 for letter in self.api_key), "--api_key: must be printable ASCII without blanks"
-    )
+    check_key(self.api_key, "--api_key")
 
   @property
   def parallel(self) -> ParallelConfig:
     # A decode step has few tokens: all of them travel to all experts.
     exchange = ExpertParallel.RING if self.mesh.expert > 1 else ExpertParallel.LOCAL
     return ParallelConfig(self.mesh, expert_parallel=exchange)
-
-  @property
-  def is_local(self) -> bool:
-    """Whether only this machine can reach the server."""
-    if self.host == "localhost":
-      return True
-    try:
-      return ipaddress.ip_address(self.host).is_loopback
-    except ValueError:
-      return False
 
 
 def parse_mesh(text: str) -> MeshConfig:
