@@ -85,12 +85,7 @@ def read_run(workdir: pathlib.Path, phase: str, metrics: Sequence[Mapping], timi
   Raises:
     ConfigError: what it lacks.
   """
-  try:
-    config = loading.from_dict(json.loads((workdir / "config.json").read_text()))
-  except OSError as error:
-    raise ConfigError(f"{workdir}: config.json cannot be read ({error.strerror})") from None
-  except ValueError as error:
-    raise ConfigError(f"{workdir}: config.json is not a run's ({error})") from None
+  config = loading.of_run(workdir, str(workdir))
   steps = [record for record in timings if record.get("phase") == phase][_WARM_UP:]
   if len(steps) < _FEWEST:
     raise ConfigError(f"{workdir}: holds {len(steps)} timed {phase} steps after the first {_WARM_UP}, needs {_FEWEST}")

@@ -26,7 +26,7 @@ from configs.parallel import MeshConfig
 from configs.schema import ChatTemplate, ConfigError, ModelConfig, RolloutConfig, RolloutDtype, TokenizerConfig, require
 from configs.status import ExitStatus
 from ring_jax.checkpoint.resolve import Opened, open_checkpoint
-from ring_jax.data.tokenizer import Tokenizer
+from ring_jax.data.tokenizer import FILE, Tokenizer, run_file
 from ring_jax.model import param_shardings
 from rollout.access import address, is_local
 from rollout.engine import RingEngine, Sampling, bucket
@@ -36,7 +36,6 @@ from rollout.serving.settings import Settings
 from rollout.worker import EngineWorker, Job
 from sharding.mesh import make_mesh
 
-_TOKENIZER = "tokenizer.json"
 _LENGTH = 1024  # of prompt and of answer, where neither flag nor run says
 _PREFILLS = 4  # prompts of one dispatch
 _LAST_BYTES_SECONDS = 10  # for clients to read what was drawn
@@ -66,10 +65,6 @@ def load(settings: Settings) -> Loaded:
   opened = open_checkpoint(settings.checkpoint, stored and stored.value, placed if mesh is not None else None)
   model = dataclasses.replace(opened.config, parallel=settings.parallel)  # a run's own is its trainer's
   tokenizer, template = _text(opened, settings)
-  require(
-    tokenizer.vocab_size <= model.vocab_size,
-    f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids",
-  )
   engine = RingEngine(
     model,
     _rollout(settings, model),
@@ -121,22 +116,16 @@ def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
 
 def _text(opened: Opened, settings: Settings) -> tuple[Tokenizer, TokenizerConfig]:
   """Tokenizer and template: a run's own, or those of a Hugging Face folder."""
-  folder = pathlib.Path(opened.extras["folder"])
-  template, places = TokenizerConfig(template=ChatTemplate.CHAT), [folder / _TOKENIZER]
   if "config" in opened.extras:
     config = loading.from_dict(opened.extras["config"])
-    template, places = config.tokenizer, [folder.absolute().parents[1] / _TOKENIZER]  # built by the run, in its workdir
-    if config.init:
-      places.insert(0, pathlib.Path(config.init) / _TOKENIZER)
-    if template.path:
-      places.insert(0, pathlib.Path(template.path))
-  if settings.tokenizer:
-    places = [pathlib.Path(settings.tokenizer)]
-  found = next((place for place in places if place.exists()), None)
-  require(found is not None, f"--tokenizer is needed: there is none at {' or '.join(str(place) for place in places)}")
+    template, file = config.tokenizer, run_file(config.tokenizer, config.init, opened.workdir)
+  else:
+    template, file = TokenizerConfig(template=ChatTemplate.CHAT), opened.extras["folder"] / FILE
+  file = pathlib.Path(settings.tokenizer or file)
+  require(file.exists(), f"--tokenizer is needed: there is none at {file}")
   if settings.thinking is not None:
     template = dataclasses.replace(template, thinking=settings.thinking)
-  return Tokenizer.load(found), template
+  return Tokenizer.load(file), template
 
 
 def warm_up(worker: EngineWorker, loaded: Loaded) -> None:

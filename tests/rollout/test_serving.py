@@ -366,11 +366,11 @@ def test_a_mesh_serves_the_same(tmp_path):
 
 
 def test_a_run_brings_its_own_template_and_tokenizer(tmp_path):
-  run = dataclasses.replace(small_run.get_config(), tokenizer=TokenizerConfig(thinking=True), init="not/there")
+  run = dataclasses.replace(small_run.get_config(), tokenizer=TokenizerConfig(thinking=True))
   params = ring_model.init_params(run.model, 0)
   with RunStore(tmp_path / "think" / "checkpoints", keep=1) as store:
     store.save(7, params, {"n": np.zeros(())}, {}, to_dict(run))
-  with pytest.raises(ConfigError, match=r"--tokenizer is needed: there is none at not/there/tokenizer\.json or "):
+  with pytest.raises(ConfigError, match=r"--tokenizer is needed: there is none at .*/think/tokenizer\.json$"):
     load(Settings(str(tmp_path / "think")))
   TOKENIZER.save(tmp_path / "think")
   for folder, name in (("think", "think"), ("think/checkpoints/7", "7")):
