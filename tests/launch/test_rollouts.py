@@ -46,7 +46,7 @@ def workdir(tmp_path_factory):
             [step] * len(tokens),
             finish_reason=reason,
             reward=reward,
-          )  # fmt: skip
+          )
         )
         uid += 1
     log.write(step, step, rollouts, [0.0] * 4, lambda r: (tokenizer.decode(r.prompt), tokenizer.decode(r.tokens)))
