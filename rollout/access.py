@@ -6,13 +6,6 @@ A server without a key takes everybody, and so belongs on an address that only i
 import hmac
 import ipaddress
 
-from configs.base import require
-
-
-def check_key(key: str, where: str) -> None:
-  """Raises ConfigError: it cannot be sent in a header."""
-  require(all(33 <= ord(letter) < 127 for letter in key), f"{where}: must be printable ASCII without blanks")
-
 
 def is_authorized(header: str | bytes, key: str) -> bool:
   """Whether an authorization header brings the key (empty: none is asked for).

@@ -6,7 +6,6 @@ config as the trainer's; how it is laid out (`rollout.parallel`, `rollout.slots`
 
 import dataclasses
 import fcntl
-import math
 import pathlib
 import signal
 import socket
@@ -15,7 +14,7 @@ import threading
 
 import jax
 
-from configs.schema import RunConfig, require
+from configs.schema import RunConfig
 from ring_jax.data.tasks import TaskSet
 from ring_jax.data.tokenizer import FILE
 from ring_jax.train.assets import prepare_tokenizer
@@ -24,7 +23,7 @@ from rollout.remote import wire
 from rollout.remote.server import check_host, serve
 from rollout.service import EngineService
 from rollout.worker import EngineWorker
-from sharding.mesh import make_mesh
+from sharding.mesh import engine_mesh
 
 _LOOK_SECONDS = 1.0
 _EVERYWHERE = ("0.0.0.0", "::")
@@ -58,18 +57,10 @@ def engine_of(config: RunConfig, workdir: pathlib.Path | None = None) -> RingEng
     tasks = TaskSet(config.task, config.tokenizer, config.seed)
     tokenizer = prepare_tokenizer(config.tokenizer, config.init, tasks, place)
   parallel = config.rollout.parallel or config.model.parallel
-  count, devices = math.prod(parallel.mesh.sizes), jax.devices()
-  require(
-    count <= len(devices),
-    f"the engine's mesh needs {count} devices, here are {len(devices)}: set rollout.parallel.mesh for this worker",
-  )
-  if count > 1:
-    # On the CPU backend, programs under way at the same time can starve each other of threads inside of a collective.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
   return RingEngine(
     config.model, config.rollout, eos_ids=tokenizer.eos_ids,
     vocab_mask_V=tokenizer.sampleable_mask(config.model.vocab_size),
-    seed=config.seed, mesh=None if count == 1 else make_mesh(parallel.mesh, devices[:count]),
+    seed=config.seed, mesh=engine_mesh(parallel.mesh, "rollout.parallel.mesh of this worker"),
   )  # fmt: skip
 
 

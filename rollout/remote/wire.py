@@ -91,10 +91,10 @@ def read_token(path: str = "") -> str:
   Raises:
     ConfigError: the file holds none, or what it holds cannot be sent.
   """
-  token = pathlib.Path(path).read_text().strip() if path else os.environ.get(TOKEN_VARIABLE, "")
+  token = (pathlib.Path(path).read_text() if path else os.environ.get(TOKEN_VARIABLE, "")).strip()
   source = path or TOKEN_VARIABLE
   require(bool(token) or not path, f"{source}: is empty")
-  access.check_key(token, source)
+  require(token.isascii() and token.isprintable(), f"{source}: a token is printable ASCII in one line")
   return token
 
 

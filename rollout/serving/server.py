@@ -18,11 +18,9 @@ import threading
 from types import FrameType
 from typing import Any, NamedTuple
 
-import jax
 import uvicorn
 
 from configs import loading
-from configs.parallel import MeshConfig
 from configs.schema import ChatTemplate, ConfigError, ModelConfig, RolloutConfig, RolloutDtype, TokenizerConfig, require
 from configs.status import ExitStatus
 from ring_jax.checkpoint.resolve import Opened, open_checkpoint
@@ -34,7 +32,7 @@ from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
 from rollout.serving.settings import Settings
 from rollout.worker import EngineWorker, Job
-from sharding.mesh import make_mesh
+from sharding.mesh import engine_mesh
 
 _LENGTH = 1024  # of prompt and of answer, where neither flag nor run says
 _PREFILLS = 4  # prompts of one dispatch
@@ -57,7 +55,7 @@ def load(settings: Settings) -> Loaded:
     ConfigError: a setting does not fit it.
   """
   stored = settings.dtype if settings.dtype in (RolloutDtype.FLOAT32, RolloutDtype.BFLOAT16) else None
-  mesh = _mesh(settings.mesh)
+  mesh = engine_mesh(settings.mesh, "--mesh")
 
   def placed(found: ModelConfig) -> Any:
     return param_shardings(dataclasses.replace(found, parallel=settings.parallel), mesh)
@@ -81,14 +79,6 @@ def load(settings: Settings) -> Loaded:
     sampling=Sampling(settings.temperature, settings.top_p, settings.top_k, secrets.randbits(31)),
   )
   return Loaded(engine, engine.load_params(opened.params), opened.step or 0, told)
-
-
-def _mesh(config: MeshConfig) -> jax.sharding.Mesh | None:
-  if config.num_devices == 1:
-    return None
-  devices = jax.devices()
-  require(config.num_devices <= len(devices), f"--mesh: {config.num_devices} devices, but there are {len(devices)}")
-  return make_mesh(config, devices[: config.num_devices])
 
 
 def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:

@@ -5,7 +5,6 @@ import dataclasses
 from configs.base import require
 from configs.parallel import AXES, ExpertParallel, MeshConfig, ParallelConfig
 from configs.schema import RolloutDtype
-from rollout.access import check_key
 from rollout.serving.schema import LEAST_TEMPERATURE
 
 
@@ -59,7 +58,9 @@ class Settings:
     require(
       self.slots % parts == 0, f"--slots={self.slots}: must be a multiple of {parts}, the devices that share them"
     )
-    check_key(self.api_key, "--api_key")
+    require(
+      all(33 <= ord(letter) < 127 for letter in self.api_key), "--api_key: must be printable ASCII without blanks"
+    )
 
   @property
   def parallel(self) -> ParallelConfig:

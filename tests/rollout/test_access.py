@@ -2,13 +2,13 @@
 
 import pytest
 
-from configs.schema import ConfigError
-from rollout.access import address, check_key, is_authorized, is_local
+from rollout.access import address, is_authorized, is_local
 
 
 @pytest.mark.parametrize("header", ["Bearer secret", "bearer secret", b"BEARER  secret "])
 def test_the_key_opens(header):
   assert is_authorized(header, "secret")
+  assert is_authorized("Bearer of several words", "of several words")
 
 
 @pytest.mark.parametrize(
@@ -17,12 +17,6 @@ def test_the_key_opens(header):
 def test_nothing_else_does_but_without_a_key_everything(header):
   assert not is_authorized(header, "secret")
   assert is_authorized(header, "")
-
-
-@pytest.mark.parametrize("key", ["two words", "two\nlines", "ü", "\x00"])
-def test_a_key_that_no_header_takes_is_refused(key):
-  with pytest.raises(ConfigError, match=r"^--key: must be printable ASCII without blanks$"):
-    check_key(key, "--key")
 
 
 def test_which_hosts_are_local():

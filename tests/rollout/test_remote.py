@@ -398,11 +398,11 @@ def test_who_listens_beyond_loopback_has_a_token_and_a_port_has_one_server(worke
 def test_where_a_token_comes_from(tmp_path, monkeypatch):
   monkeypatch.delenv(wire.TOKEN_VARIABLE, raising=False)
   assert wire.read_token() == ""
-  monkeypatch.setenv(wire.TOKEN_VARIABLE, "of-the-environment")
-  assert wire.read_token() == "of-the-environment"
-  (tmp_path / "token").write_text("of-a-file\n")
-  assert wire.read_token(str(tmp_path / "token")) == "of-a-file"
-  for text in ("", "two\nlines", "two words", "ü"):
+  monkeypatch.setenv(wire.TOKEN_VARIABLE, "of the environment")
+  assert wire.read_token() == "of the environment"
+  (tmp_path / "token").write_text("of a file\n")
+  assert wire.read_token(str(tmp_path / "token")) == "of a file"
+  for text in ("", "two\nlines", "ü"):
     (tmp_path / "token").write_text(text)
     with pytest.raises(ConfigError, match="token"):
       wire.read_token(str(tmp_path / "token"))
