@@ -3,8 +3,8 @@
     python -m ring_jax.launch.worker --config=configs/ring_mini.py --host=0.0.0.0 --port=8470
     python -m ring_jax.launch.worker --checkpoint=runs/ring_tiny --config.rollout.slots=64
 
-The config is the trainer's, by --config or from the workdir of its run; single values as there.  Only slots, page size and
-layout (rollout.slots, rollout.page_size, rollout.parallel) may differ: a trainer refuses a worker that would draw other
+The config is the trainer's, by --config or from the workdir of its run; single values as there.  Only slots, pages and
+layout (rollout.slots, .page_size, .pages, .parallel) may differ: a trainer refuses a worker that would draw other
 tokens.  The weights come from the trainer, which finds the worker by --config.rollout.workers or by the file that
 --announce and --config.rollout.workers_file name.
 

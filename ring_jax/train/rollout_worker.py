@@ -1,7 +1,7 @@
 """A rollout worker: the engine of a run's config in a process of its own, for whichever trainer of that run comes.
 
 It has no weights until a trainer brings them, and needs none on its disk.  What its samples depend on comes from the same
-config as the trainer's; how it is laid out (`rollout.parallel`, `rollout.slots`, `rollout.page_size`) is its own affair.
+config as the trainer's; how it is laid out (`rollout.parallel`, `.slots`, `.page_size`, `.pages`) is its own affair.
 """
 
 import dataclasses

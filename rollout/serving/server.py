@@ -99,6 +99,7 @@ def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
     max_tokens=answer,
     dtype=settings.dtype or default,
     page_size=settings.page_size,
+    pages=settings.pages,
     steps_per_dispatch=settings.steps_per_dispatch,
     prefill_batch=min(settings.slots, parts * max(1, _PREFILLS // parts)),
   )

@@ -22,7 +22,8 @@ class Settings:
   dtype: RolloutDtype | None = None  # of the weights
   mesh: MeshConfig = MeshConfig()  # devices along each axis
   slots: int = 16
-  page_size: int = 0
+  page_size: int = 0  # positions of a page of keys and values; 0: a slot's in one piece
+  pages: int = 0  # for all slots; 0: as many as they need at full length
   steps_per_dispatch: int = 4
   max_prompt_tokens: int | None = None
   max_tokens: int | None = None  # of an answer
@@ -36,7 +37,7 @@ class Settings:
 
   def __post_init__(self):
     for name, least, most in (
-      ("port", 0, 65_535), ("grpc_port", 0, 65_535), ("slots", 1, 2**20), ("page_size", 0, 2**20),
+      ("port", 0, 65_535), ("grpc_port", 0, 65_535), ("slots", 1, 2**20), ("page_size", 0, 2**20), ("pages", 0, 2**30),
       ("steps_per_dispatch", 1, 2**10), ("max_prompt_tokens", 1, 2**24), ("max_tokens", 1, 2**24),
       ("max_waiting", 0, 2**20), ("max_body_bytes", 1, 2**31), ("max_connections", 1, 2**20), ("temperature", 0, 2),
       ("top_k", 0, 2**31 - 1),
@@ -53,6 +54,11 @@ class Settings:
       self.grpc_port == 0 or self.mesh.num_devices == 1,
       f"--grpc_port={self.grpc_port} needs one device, not --mesh: JetStream's threads and the HTTP front's would each"
       " start programs that wait for all devices",
+    )
+    require(not self.pages or self.page_size, f"--pages={self.pages}: needs --page_size")
+    require(
+      not (self.pages and self.grpc_port),
+      f"--pages={self.pages}: JetStream has slots of full length, so not with --grpc_port",
     )
     parts = self.parallel.batch_parts
     require(

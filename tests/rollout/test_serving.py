@@ -330,6 +330,8 @@ def test_what_is_no_json_is_refused(raw):
     ({"top_p": 0.0}, "--top_p=0.0: must be from above 0 to 1"),
     ({"temperature": 0.001}, "--temperature=0.001: must be 0"),
     ({"port": 80, "grpc_port": 80}, "--grpc_port=80: is --port too"),
+    ({"pages": 8}, "--pages=8: needs --page_size$"),
+    ({"pages": 8, "page_size": 16, "grpc_port": 9000}, "--pages=8: JetStream has slots of full length"),
     ({"api_key": "a b"}, "--api_key: must be printable ASCII without blanks$"),
   ],
 )
