@@ -120,13 +120,19 @@ def _text(opened: Opened, settings: Settings) -> tuple[Tokenizer, TokenizerConfi
 
 
 def warm_up(worker: EngineWorker, loaded: Loaded) -> None:
-  """Compiles what requests will need: a prefill of every length, and the decode step."""
+  """Compiles what requests will need: a prefill of every length, from what pages hold too, and the decode step."""
   worker.begin(loaded.params, loaded.version, [])
-  length, longest = 1, loaded.engine.config.max_prompt_tokens
-  while length:
-    worker.advance([Job(0, 0, [0] * length, 1)])
+  longest, page = loaded.engine.config.max_prompt_tokens, loaded.engine.page_size
+  lengths = [min(2, longest)]  # in pages a lone token needs no prefill
+  while bucket(lengths[-1]) < longest:
+    lengths.append(min(2 * bucket(lengths[-1]), longest))
+  prompts = [[token] * length for token, length in enumerate(lengths, 1)]
+  if 0 < page < longest:  # and what goes on from one page
+    prompts.append([0] * (page + 1))
+    prompts += [[0] * page + [token] * min(length, longest - page) for token, length in enumerate(lengths, 1)]
+  for prompt in prompts:
+    worker.advance([Job(0, 0, prompt, 1)])
     worker.release([0])
-    length = min(2 * bucket(length), longest) if bucket(length) < longest else 0
 
 
 def serve(settings: Settings) -> None:

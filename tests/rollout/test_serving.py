@@ -19,17 +19,18 @@ from ring_jax import model as ring_model
 from ring_jax.checkpoint.errors import CheckpointError
 from ring_jax.checkpoint.store import RunStore
 from ring_jax.data.chat import render_prompt
+from rollout.engine import RingEngine, bucket
 from rollout.paged import CacheUse
 from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
 from rollout.serving.metrics import Metrics
 from rollout.serving.schema import ChatRequest, CompletionRequest, RequestError, parse
-from rollout.serving.server import load, serve
+from rollout.serving.server import Loaded, load, serve, warm_up
 from rollout.serving.settings import Settings, parse_mesh
 from rollout.worker import EngineWorker, Job
 from tests.checkpoint import hf_folder
 from tests.configs import small_run
-from tests.rollout.serving_cases import ENGINE, GREEDY, MODEL, TOKENIZER
+from tests.rollout.serving_cases import CONFIG, ENGINE, GREEDY, MODEL, TOKENIZER
 
 LIMITS = Limits(max_prompt_tokens=90, max_tokens=100, max_choices=5, max_body_bytes=20_000)
 TEMPLATE = TokenizerConfig(template=ChatTemplate.CHAT)
@@ -382,6 +383,29 @@ def test_a_run_brings_its_own_template_and_tokenizer(tmp_path):
   assert not load(Settings(str(tmp_path / "think"), thinking=False)).model.template.thinking
   with pytest.raises(ConfigError, match="--max_prompt_tokens \\+ --max_tokens = 756: more than"):
     load(Settings(str(tmp_path / "think"), max_tokens=500))
+
+
+def test_whatever_a_prompt_needs_is_compiled_before_the_first_request(params, monkeypatch):
+  """With pages a prompt is prefilled whole, or goes on from what is known of it; either way in every bucket."""
+  config = dataclasses.replace(CONFIG, page_size=16)
+  engine = RingEngine(MODEL, config, eos_ids=(), vocab_mask_V=TOKENIZER.sampleable_mask(280), seed=1)
+  sizes = {"prefill": [], "extend": []}
+  prefill, extend = engine.prefill_batch, engine.extend_batch
+  monkeypatch.setattr(
+    engine,
+    "prefill_batch",
+    lambda params, rows: (sizes["prefill"].append(bucket(len(rows[0]))), prefill(params, rows))[1],
+  )
+  monkeypatch.setattr(
+    engine, "extend_batch",
+    lambda params, state, rows: (sizes["extend"].append(bucket(rows[0].count())), extend(params, state, rows))[1],
+  )  # fmt: skip
+  worker = EngineWorker(engine)
+  warm_up(worker, Loaded(engine, params, 0, None))
+  assert set(sizes["prefill"]) == set(sizes["extend"]) == {16, 32, 64, 128}
+  service = EngineService(worker, params, 0, max_waiting=1)
+  assert b"\nring_jax_cache_pages 32.0\n" in Metrics(service, lambda: False).text()
+  service.close()
 
 
 def test_a_port_that_is_taken_is_told_before_anything_is_loaded():
