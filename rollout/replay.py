@@ -166,7 +166,7 @@ def _short(value: Any) -> str:
 
 
 def main() -> None:
-  workdir = pathlib.Path(FLAGS.workdir)
+  workdir = pathlib.Path(FLAGS.workdir).expanduser()
   config = loading.of_run(workdir, f"--workdir={workdir}").rollout
   found = replay(events.read(workdir / "events.jsonl"), config)
   if FLAGS.json:

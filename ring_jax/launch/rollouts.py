@@ -48,7 +48,7 @@ def main() -> None:
   reason = FLAGS.finish_reason and FinishReason(FLAGS.finish_reason)
   if FLAGS.limit is not None and FLAGS.limit < 1:
     raise ConfigError(f"--limit={FLAGS.limit}: must be at least 1")
-  workdir = pathlib.Path(FLAGS.workdir)
+  workdir = pathlib.Path(FLAGS.workdir).expanduser()
   config = loading.of_run(workdir, f"--workdir={workdir}")
   query = stored.Query(finish_reason=reason, **ranges)
   found = list(itertools.islice(stored.find(workdir, query), FLAGS.limit))

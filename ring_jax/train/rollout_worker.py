@@ -18,6 +18,7 @@ from configs.schema import RunConfig
 from ring_jax.data.tasks import TaskSet
 from ring_jax.data.tokenizer import FILE
 from ring_jax.train.assets import prepare_tokenizer
+from rollout import access
 from rollout.engine import RingEngine
 from rollout.remote import wire
 from rollout.remote.server import check_host, serve
@@ -78,7 +79,7 @@ def run_worker(engine: RingEngine, settings: Settings) -> None:
     service, host=settings.host, port=settings.port, token=settings.token, root=settings.checkpoint_root,
     chunk_bytes=settings.chunk_bytes,
   )  # fmt: skip
-  address = f"{settings.advertise or _reached_by(settings.host)}:{port}"
+  address = access.address(settings.advertise or _reached_by(settings.host), port)
   if settings.announce:
     _announce(pathlib.Path(settings.announce), address)
   print(f"rollout worker on {address}: {engine.config.slots} slots on {jax.devices()[0].device_kind}", flush=True)
