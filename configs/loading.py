@@ -74,6 +74,23 @@ def from_dict(data: Mapping[str, Any]) -> RunConfig:
   return _from_json(RunConfig, data, "")
 
 
+def of_run(workdir: pathlib.Path, where: str) -> RunConfig:
+  """The config that a run has stored in its workdir.
+
+  Args:
+    where: how an error begins: the flag with its value, or the folder.
+
+  Raises:
+    ConfigError: there is no run.
+  """
+  try:
+    return from_dict(json.loads((workdir / "config.json").read_text()))
+  except OSError as error:
+    raise ConfigError(f"{where}: config.json cannot be read ({error.strerror})") from None
+  except ValueError as error:
+    raise ConfigError(f"{where}: config.json is not a run's ({error})") from None
+
+
 def model_from_dict(data: Mapping[str, Any]) -> ModelConfig:
   """The inverse of `schema.to_dict` for the model alone."""
   return _from_json(ModelConfig, data, "model")

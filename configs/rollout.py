@@ -55,8 +55,8 @@ class RolloutConfig:
   """Engine and C3PO++ scheduler (Ring-1T Algorithm 1)."""
 
   token_budget: int  # Phi: an iteration ends when this many tokens are counted
-  slots: int  # sequences decoded at once
-  pool: int = 0  # Omega_infer, rollouts in flight (slots + waiting); 0: as many as slots, and at least one group
+  slots: int  # sequences decoded at once; of each rollout worker, where there are any
+  pool: int = 0  # Omega_infer, rollouts in flight (in slots and waiting); 0: as many as slots, and at least one group
   retention: int = 2  # sigma: how many iterations a rollout may survive unfinished
   group_size: int = 8  # G
   unit: Unit = Unit.GROUP
@@ -70,7 +70,7 @@ class RolloutConfig:
   steps_per_dispatch: int = 8  # decode steps between two looks of the host
   prefill_batch: int = 8  # prompts prefilled by one dispatch
   page_size: int = 0  # positions of a page of keys and values; 0: each slot's in one piece, which is quicker on a CPU
-  pages: int = 0  # of the cache, shared by all slots; 0: as many as all slots need at full length
+  pages: int = 0  # of the whole engine, for all of its slots; 0: as many as they need at full length
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0  # 0: off

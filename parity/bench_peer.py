@@ -12,7 +12,6 @@ also returns the log-probability of what it drew, as ring-jax does; transformers
 copy of all logits.  Transformers does not know the architecture by its own name; it runs as GLM-4-MoE (parity/glm4_moe.py).
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -149,12 +148,7 @@ def main(argv: list[str]) -> None:
     child.send(replies, {"error": f"{sys.executable} has no usable {_ENGINE.value} ({error})"})
     return
   child.send(replies, {"versions": engine.versions})
-  for line in sys.stdin:
-    try:
-      child.send(replies, _serve(engine, json.loads(line)))
-    except Exception as error:  # the parent decides; the engine's own log is on standard error
-      said = str(error).strip().splitlines()
-      child.send(replies, {"error": f"{type(error).__name__}: {said[-1] if said else ''}"})
+  child.answer(replies, lambda request: _serve(engine, request))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from typing import Any
 
 from absl import flags
 
+from configs import loading
 from configs.schema import ConfigError, RolloutConfig
 from ring_jax.launch import app
 from ring_jax.records import FinishReason
-from ring_jax.train.workdir import read_config
 from rollout import events
 from rollout.events import Entry
 from rollout.scheduler import C3POScheduler, SchedulerError
@@ -166,8 +166,9 @@ def _short(value: Any) -> str:
 
 
 def main() -> None:
-  config, path = read_config(FLAGS.workdir).rollout, pathlib.Path(FLAGS.workdir) / "events.jsonl"
-  found = replay(events.read(path), config)
+  workdir = pathlib.Path(FLAGS.workdir).expanduser()
+  config = loading.of_run(workdir, f"--workdir={workdir}").rollout
+  found = replay(events.read(workdir / "events.jsonl"), config)
   if FLAGS.json:
     print(json.dumps({"same": found.difference is None, **dataclasses.asdict(found)}))
   elif found.difference is None:

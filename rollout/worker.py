@@ -2,7 +2,7 @@
 
 Between two dispatches a worker is told what to do, and says what came of the last one:
 
-    advance(jobs):  new jobs into their slots: one prefill a distinct token sequence, inserted wherever it is needed
+    advance(jobs):  new jobs into their slots, each distinct token sequence computed once (filling.py)
                     a few decode steps for all slots in one dispatch
                     -> what was drawn; which slots ended, and why; which gave their job back
 

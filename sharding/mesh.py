@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from configs.base import ConfigError
+from configs.base import ConfigError, require
 from configs.parallel import AXES, MeshConfig
 
 
@@ -27,6 +27,28 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = " x ".join(f"{name}={size}" for name, size in zip(AXES, config.sizes, strict=True))
     raise ConfigError(f"parallel.mesh: {sizes} is {config.num_devices} devices, but there are {len(devices)}")
   return Mesh(_arrange(config.sizes, devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+
+def engine_mesh(config: MeshConfig, where: str) -> Mesh | None:
+  """The mesh of an engine that has this process to itself, over its first devices; None: one device needs none.
+
+  Args:
+    where: how an error begins: the flag or the field that says the sizes.
+
+  Raises:
+    ConfigError: there are fewer devices.
+  """
+  if config.num_devices == 1:
+    return None
+  # On the CPU backend, programs under way at the same time can starve each other of threads inside of a collective.  This is
+  # read when the devices come up.
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  devices = jax.devices()
+  require(
+    config.num_devices <= len(devices),
+    f"{where}: {config.num_devices} devices are wanted, but there are {len(devices)}",
+  )
+  return make_mesh(config, devices[: config.num_devices])
 
 
 def _arrange(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 _ENVIRONMENT = {
@@ -34,12 +35,7 @@ def main() -> None:
     send(replies, {"error": f"{sys.executable} has no usable vLLM ({error})"})
     return
   send(replies, {"versions": versions, "device": device})
-  for line in sys.stdin:
-    request = json.loads(line)
-    try:
-      send(replies, _serve(request, device))
-    except Exception as error:  # the parent decides; the engine's own log is on standard error
-      send(replies, {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error) else ''}"})
+  answer(replies, lambda request: _serve(request, device))
 
 
 def take_stdout() -> TextIO:
@@ -74,6 +70,16 @@ def import_vllm() -> tuple[dict[str, str], str]:
 def send(replies: TextIO, message: dict[str, Any]) -> None:
   replies.write(json.dumps(message) + "\n")
   replies.flush()
+
+
+def answer(replies: TextIO, serve: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+  """Serves requests until there are no more."""
+  for line in sys.stdin:
+    try:
+      send(replies, serve(json.loads(line)))
+    except Exception as error:  # the parent decides; the engine's own log is on standard error
+      said = str(error).strip().splitlines()
+      send(replies, {"error": f"{type(error).__name__}: {said[-1] if said else ''}"})
 
 
 def _serve(request: dict[str, Any], device: str) -> dict[str, Any]:

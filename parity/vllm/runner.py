@@ -8,27 +8,20 @@ it says must be what the trainer says.  Without that, a folder with another step
 failed, would look like a training problem (vllm_cpu.md trap 3).
 """
 
-import contextlib
 import dataclasses
-import json
 import os
 import pathlib
-import queue
-import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
 
 import numpy as np
 
 from parity.vllm.errors import VLLMError, WrongWeightsError
 from parity.vllm.export import check_shapes
 from ring_jax.checkpoint import hf_config
+from rollout.line_process import LineProcess
 
 _CHILD = pathlib.Path(__file__).with_name("child.py")
-_LOG_LINES = 3  # of the child's log in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +74,7 @@ class Probe:
       )
 
 
-class VLLM:
+class VLLM(LineProcess):
   """A child process with vLLM; requests are served in turn, each by a fresh engine.
 
   Args:
@@ -102,41 +95,11 @@ class VLLM:
     kv_cache_bytes: int = 64 << 20,
     gpu_memory_utilization: float = 0.5,
   ):
-    self._timeout = timeout
     self._memory = {"kv_cache_bytes": kv_cache_bytes, "gpu_memory_utilization": gpu_memory_utilization}
-    self._interpreter = interpreter or sys.executable
-    self._log = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # closed by close()
-    try:
-      self._process = subprocess.Popen(
-        [self._interpreter, str(_CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
-        text=True, encoding="utf-8",
-      )  # fmt: skip
-    except OSError as error:
-      self._log.close()
-      raise VLLMError(f"vLLM's interpreter {self._interpreter}: cannot be started ({error.strerror})") from None
-    self._lines: queue.Queue[str] = queue.Queue()  # a reader thread: pipes have no timeout of their own
-    threading.Thread(target=self._read, daemon=True).start()
-    try:
-      hello = self._receive("starting")
-    except BaseException:
-      self.close()
-      raise
-    self.versions: Mapping[str, str] = hello["versions"]
-    self.device: str = hello["device"]
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    self.close()
-
-  def close(self) -> None:
-    if self._process.poll() is None:
-      self._process.kill()  # it holds nothing worth a graceful end
-    self._process.wait()
-    with contextlib.suppress(BrokenPipeError):  # of a request that nobody read
-      self._process.stdin.close()
-    self._log.close()
+    command = [interpreter or sys.executable, str(_CHILD)]
+    super().__init__(command, name="vLLM", error=VLLMError, timeout=timeout)
+    self.versions: Mapping[str, str] = self.greeting["versions"]
+    self.device: str = self.greeting["device"]
 
   def run(
     self,
@@ -176,7 +139,7 @@ class VLLM:
       "max_model_len": length,
       **self._memory,
     }
-    reply = self._ask(request)
+    reply = self.ask(request, f"running {request['model']}")
     scored = [np.asarray(logps, np.float32) for logps in reply["scored"]]
     chosen = [{int(layer): np.asarray(ids, np.int32) for layer, ids in one.items()} for one in reply["experts"]]
     if probe:
@@ -210,41 +173,3 @@ class VLLM:
     if length > config.max_position_embeddings:
       raise VLLMError(f"a sequence of {length} tokens: model.max_position_embeddings={config.max_position_embeddings}")
     return length
-
-  def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-      self._process.stdin.write(json.dumps(request) + "\n")
-      self._process.stdin.flush()
-    except (BrokenPipeError, ValueError):
-      raise VLLMError(f"vLLM's process has ended{self._tail()}") from None
-    return self._receive(f"running {request['model']}")
-
-  def _receive(self, doing: str) -> dict[str, Any]:
-    try:
-      line = self._lines.get(timeout=self._timeout)
-    except queue.Empty:
-      self._process.kill()
-      raise VLLMError(f"vLLM: no answer within {self._timeout:g} s while {doing}{self._tail()}") from None
-    if not line:
-      self._lines.put("")  # for whoever asks again
-      status = self._process.wait()
-      raise VLLMError(f"vLLM's process ended with status {status} while {doing}{self._tail()}")
-    reply = json.loads(line)
-    if "error" in reply:
-      raise VLLMError(f"vLLM failed while {doing}: {reply['error']}")
-    return reply
-
-  def _read(self) -> None:
-    with self._process.stdout as lines:
-      for line in lines:
-        self._lines.put(line)
-    self._lines.put("")
-
-  def _tail(self) -> str:
-    """The last lines of the child's log, as one."""
-    if self._log.closed:
-      return ""
-    self._log.seek(0)
-    lines = self._log.read().decode(errors="replace").split("\n")
-    said = [line.strip() for line in lines if line.strip()][-_LOG_LINES:]
-    return f"; it said: {' | '.join(said)}" if said else ""

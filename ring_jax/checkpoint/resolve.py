@@ -26,6 +26,11 @@ class Opened(NamedTuple):
   step: int | None  # None for a Hugging Face folder
   extras: dict[str, Any]  # "folder": what was read; of a run also "config" (its RunConfig) and "host", as JSON data
 
+  @property
+  def workdir(self) -> pathlib.Path:
+    """Of the run whose step this is."""
+    return self.extras["folder"].absolute().parents[1]
+
 
 def open_checkpoint(
   path: str | os.PathLike, dtype: str | None = None, shardings: Callable[[ModelConfig], Params] | None = None

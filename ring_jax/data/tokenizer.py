@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from configs.schema import ConfigError, require
+from configs.schema import ConfigError, TokenizerConfig, require
 
 BOS = "<|startoftext|>"
 PAD = "<|endoftext|>"
@@ -26,7 +26,7 @@ ROLE_OPEN, ROLE_CLOSE = "<role>", "</role>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 ROLE_NAMES = ("HUMAN", "ASSISTANT", "SYSTEM", "OBSERVATION")
 
-_FILE = "tokenizer.json"
+FILE = "tokenizer.json"
 _CONTROL = (BOS, PAD, END_OF_TURN, ROLE_OPEN, ROLE_CLOSE)  # the template's own
 _SPOKEN = (THINK_OPEN, THINK_CLOSE, "<tool_call>", "</tool_call>")  # markers that a model writes itself
 _NEVER = re.compile(
@@ -35,6 +35,17 @@ _NEVER = re.compile(
 )
 # Ling's word boundaries: contractions, letters with one leading mark, single digits, marks, line ends, blanks.
 _WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+
+
+def run_file(config: TokenizerConfig, init: str, workdir: pathlib.Path) -> pathlib.Path:
+  """The file or folder of a run's tokenizer, whether it is there or not.
+
+  Where the config says, else beside the initial checkpoint, else in the workdir of the run, which then builds one.  No place
+  stands in for another: its ids would be other ones.
+  """
+  if config.path:
+    return pathlib.Path(config.path)
+  return (pathlib.Path(init) if init else workdir) / FILE
 
 
 class Tokenizer:
@@ -60,8 +71,8 @@ class Tokenizer:
   def load(cls, path: str | pathlib.Path) -> "Tokenizer":
     """Reads a tokenizer.json, or the one in a folder; `ConfigError` if there is none or it cannot be read."""
     file = pathlib.Path(path)
-    file = file / _FILE if file.is_dir() else file
-    require(file.is_file(), f"tokenizer.path={str(path)!r}: no {_FILE} there")
+    file = file / FILE if file.is_dir() else file
+    require(file.is_file(), f"tokenizer.path={str(path)!r}: no {FILE} there")
     try:
       backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing more precise
@@ -90,7 +101,7 @@ class Tokenizer:
   def save(self, path: str | pathlib.Path) -> None:
     """Writes a tokenizer.json: at `path` if that ends in .json, else into the folder `path`."""
     file = pathlib.Path(path)
-    file = file if file.suffix == ".json" else file / _FILE
+    file = file if file.suffix == ".json" else file / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     self._backend.save(str(file))
 

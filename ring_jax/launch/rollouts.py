@@ -14,11 +14,12 @@ import pathlib
 
 from absl import flags
 
+from configs import loading
 from configs.schema import ConfigError
 from ring_jax.launch import app
 from ring_jax.records import FinishReason
 from ring_jax.train import stored
-from ring_jax.train.workdir import read_config, write_atomic
+from ring_jax.train.workdir import write_atomic
 
 FLAGS = flags.FLAGS
 _RANGES = {
@@ -47,7 +48,8 @@ def main() -> None:
   reason = FLAGS.finish_reason and FinishReason(FLAGS.finish_reason)
   if FLAGS.limit is not None and FLAGS.limit < 1:
     raise ConfigError(f"--limit={FLAGS.limit}: must be at least 1")
-  config, workdir = read_config(FLAGS.workdir), pathlib.Path(FLAGS.workdir)
+  workdir = pathlib.Path(FLAGS.workdir).expanduser()
+  config = loading.of_run(workdir, f"--workdir={workdir}")
   query = stored.Query(finish_reason=reason, **ranges)
   found = list(itertools.islice(stored.find(workdir, query), FLAGS.limit))
   again = stored.rescore(workdir, config, found) if FLAGS.rescore else None

@@ -37,6 +37,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "page_size", of["page_size"], "Positions of a page of keys and values; 0: a slot's in one piece."
   )
+  flags.DEFINE_integer("pages", of["pages"], "Of all slots; 0: as many as they need at full length.")
   flags.DEFINE_integer("steps_per_dispatch", of["steps_per_dispatch"], "Tokens a stream gets at a time.")
   flags.DEFINE_integer(
     "max_prompt_tokens", None, "Longer prompts are refused; default: up to 1024, as the model allows."

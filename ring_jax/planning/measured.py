@@ -4,10 +4,11 @@
                     where the model is cut  +  c calls pieces  +  w work, up to one device a core
 
 Work is what the stage computes: tokens of its microbatches, padding included; decode steps times slots.  Calls are its
-microbatches or dispatches.  s is work that a device does not spread over all cores, b
-what it costs to dispatch to one more device, c a piece of the model that reaches a device which lacks it: with d replicas of
-the model on n devices each of which gathers what the others have, n - d models in all.  w is what devices idle that wait for each other in a collective while no other device is there to use their core (seen in
-runs on two cores: training with fsdp on two devices took 1.5 to 2.4 times as long as on two replicas, or with fsdp on four).
+microbatches or dispatches.  s is work that a device does not spread over all cores, b what it costs to dispatch to one more
+device, c a piece of the model that reaches a device which lacks it: with d replicas of the model on n devices, each of which
+gathers what the others have, n - d models in all.  w is what devices idle that wait for each other in a collective while no
+other device is there to use their core (seen in runs on two cores: training with fsdp on two devices took 1.5 to 2.4 times as
+long as on two replicas, or with fsdp on four).
 Coefficients are of at least 0, by least absolute deviations over the runs; one more must lower these by a twentieth
 (rollout/simulator/calibration.py), so that a single run gives a alone.
 
@@ -85,12 +86,7 @@ def read_run(workdir: pathlib.Path, phase: str, metrics: Sequence[Mapping], timi
   Raises:
     ConfigError: what it lacks.
   """
-  try:
-    config = loading.from_dict(json.loads((workdir / "config.json").read_text()))
-  except OSError as error:
-    raise ConfigError(f"{workdir}: config.json cannot be read ({error.strerror})") from None
-  except ValueError as error:
-    raise ConfigError(f"{workdir}: config.json is not a run's ({error})") from None
+  config = loading.of_run(workdir, str(workdir))
   steps = [record for record in timings if record.get("phase") == phase][_WARM_UP:]
   if len(steps) < _FEWEST:
     raise ConfigError(f"{workdir}: holds {len(steps)} timed {phase} steps after the first {_WARM_UP}, needs {_FEWEST}")

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from configs.schema import ModelConfig, RolloutConfig, TaskConfig, TokenizerConfig, require
 from ring_jax.checkpoint.resolve import open_checkpoint
 from ring_jax.data.tasks import TaskSet, token_limits
-from ring_jax.data.tokenizer import Tokenizer
+from ring_jax.data.tokenizer import Tokenizer, run_file
 from ring_jax.model import Params, init_params, param_shardings
 from sharding import processes
 
@@ -16,42 +16,38 @@ from sharding import processes
 _COMPUTED_HOW = ("dtype", "param_dtype", "remat", "initializer_range", "max_position_embeddings", "parallel")
 
 
-def prepare_tokenizer(config: TokenizerConfig, init: str, tasks: TaskSet, built: pathlib.Path) -> Tokenizer:
-  """The tokenizer that the config names; else the one beside the initial checkpoint; else one built and kept at `built`.
+def prepare_tokenizer(config: TokenizerConfig, init: str, tasks: TaskSet, workdir: pathlib.Path) -> Tokenizer:
+  """A run's tokenizer, built first where there is none to be found.
 
   Args:
     init: the run's initial checkpoint; may be empty.
-    built: where a run keeps the tokenizer that it built.
+    workdir: where a run keeps the tokenizer that it built.
   """
-  beside = pathlib.Path(init) / "tokenizer.json" if init else None
-  if config.path:
-    return Tokenizer.load(config.path)
-  if beside is not None and beside.is_file():
-    return Tokenizer.load(beside)
-  require(not init, f"tokenizer.path: {init} brings no tokenizer.json, so this must name one")
+  file = run_file(config, init, workdir)
 
   def build() -> None:
-    if not built.exists():
-      Tokenizer.build(tasks.corpus(), config.merges).save(built)
+    if not file.exists():
+      Tokenizer.build(tasks.corpus(), config.merges).save(file)
 
-  processes.group().from_first("tokenizer", build)
-  return Tokenizer.load(built)
+  if not (config.path or init):
+    processes.group().from_first("tokenizer", build)
+  require(config.path or file.exists(), f"tokenizer.path: {init} brings no {file.name}, so this must name one")
+  return Tokenizer.load(file)
+
+
+def require_built(config: TokenizerConfig, init: str, workdir: pathlib.Path) -> None:
+  """Raises ConfigError: the run built its tokenizer, and it is gone.  What is read with another one is not what was written."""
+  file = run_file(config, init, workdir)
+  require(config.path or init or file.exists(), f"{file}: the run's tokenizer is missing; it lies in the run's workdir")
 
 
 def prepare_tasks(
-  task: TaskConfig, template: TokenizerConfig, rollout: RolloutConfig, seed: int, init: str, built: pathlib.Path
+  task: TaskConfig, template: TokenizerConfig, rollout: RolloutConfig, seed: int, init: str, workdir: pathlib.Path
 ) -> tuple[Tokenizer, TaskSet]:
   """Tokenizer and problems, those left out that do not fit the rollout's lengths."""
   tasks = TaskSet(task, template, seed)
-  tokenizer = prepare_tokenizer(template, init, tasks, built)
+  tokenizer = prepare_tokenizer(template, init, tasks, workdir)
   return tokenizer, tasks.filtered(token_limits(tokenizer, rollout.max_prompt_tokens, rollout.max_tokens))
-
-
-def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
-  require(
-    tokenizer.vocab_size <= model.vocab_size,
-    f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids",
-  )
 
 
 def initial_params(model: ModelConfig, init: str, seed: int, mesh: Mesh | None = None) -> Params:

@@ -12,7 +12,6 @@ from configs import loading
 from configs.schema import (
   AnswerFormat,
   ChatTemplate,
-  ConfigError,
   RolloutConfig,
   TaskConfig,
   TaskSource,
@@ -20,8 +19,9 @@ from configs.schema import (
   require,
 )
 from ring_jax.checkpoint.resolve import Opened, open_checkpoint
+from ring_jax.data.tokenizer import FILE
 from ring_jax.rewards.pool import ScoringPool
-from ring_jax.train.assets import check_vocabulary, prepare_tasks
+from ring_jax.train.assets import prepare_tasks, require_built
 from ring_jax.train.evaluation import Evaluation, Evaluator
 from ring_jax.train.scoring import Scorer
 
@@ -53,7 +53,7 @@ def measure(path: str, settings: Settings) -> tuple[Opened, Evaluation]:
     settings.task is not None or "config" in opened.extras,
     "--task is missing: a Hugging Face folder does not say what to measure it on",
   )
-  task, template, rollout, init, built = _of_run(opened) if "config" in opened.extras else _of_folder(opened)
+  task, template, rollout, init, workdir = _of_run(opened) if "config" in opened.extras else _of_folder(opened)
   task = dataclasses.replace(task, mixture=_mixture(task, settings.task), held_out_size=settings.problems)
   given = {
     name: value
@@ -63,28 +63,25 @@ def measure(path: str, settings: Settings) -> tuple[Opened, Evaluation]:
   slots = settings.slots or rollout.slots
   rollout = dataclasses.replace(rollout, slots=slots, pool=max(slots, rollout.group_size), **given)
   require(settings.samples > 0, f"--samples={settings.samples}: must be at least 1")
-  tokenizer, tasks = prepare_tasks(task, template, rollout, 0, init, built)
-  check_vocabulary(tokenizer, opened.config)
+  tokenizer, tasks = prepare_tasks(task, template, rollout, 0, init, workdir)
   with ScoringPool(task, thinking=template.thinking) as pool:
     evaluator = Evaluator(opened.config, rollout, slots=slots, samples=settings.samples, scorer=Scorer(pool, tokenizer))
     return opened, evaluator(opened.params, tasks.held_out())
 
 
 def _of_run(opened: Opened) -> tuple[TaskConfig, TokenizerConfig, RolloutConfig, str, pathlib.Path]:
-  """The run's own settings; its tokenizer lies in the workdir, two folders above the step."""
+  """The run's own settings."""
   config = loading.from_dict(opened.extras["config"])
-  built = pathlib.Path(opened.extras["folder"]).absolute().parents[1] / "tokenizer.json"
-  if not (config.tokenizer.path or config.init or built.exists()):
-    raise ConfigError(f"{built}: the run's tokenizer is missing; give a workdir, or a step folder inside of one")
-  return config.task, config.tokenizer, config.rollout, config.init, built
+  require_built(config.tokenizer, config.init, opened.workdir)
+  return config.task, config.tokenizer, config.rollout, config.init, opened.workdir
 
 
 def _of_folder(opened: Opened) -> tuple[TaskConfig, TokenizerConfig, RolloutConfig, str, pathlib.Path]:
   folder = pathlib.Path(opened.extras["folder"])
-  require((folder / "tokenizer.json").is_file(), f"{folder}: has no tokenizer.json, which an evaluation needs")
+  require((folder / FILE).is_file(), f"{folder}: has no {FILE}, which an evaluation needs")
   task = TaskConfig(mixture=(TaskSource("chain_sum"),), answer=AnswerFormat.BOXED)  # the mixture is replaced
   template = TokenizerConfig(path=str(folder), template=ChatTemplate.CHAT)
-  return task, template, RolloutConfig(token_budget=1, slots=64), "", folder / "tokenizer.json"
+  return task, template, RolloutConfig(token_budget=1, slots=64), "", folder
 
 
 def _mixture(task: TaskConfig, name: str | None) -> tuple[TaskSource, ...]:

@@ -14,7 +14,7 @@ from ring_jax.data.tasks import Problem
 from ring_jax.data.tokenizer import Tokenizer
 from ring_jax.model import scalar_from_actor
 from ring_jax.rewards.pool import ScoringPool
-from ring_jax.train.assets import check_vocabulary, initial_params, prepare_tasks
+from ring_jax.train.assets import initial_params, prepare_tasks
 from ring_jax.train.orchestrator import Orchestrator
 from ring_jax.train.preference import RewardModelPhase
 from ring_jax.train.roles import Roles, Weights
@@ -69,9 +69,8 @@ class Parts:
     log: of the rollouts' scheduling.
     """
     tokenizer, tasks = prepare_tasks(
-      config.task, config.tokenizer, config.rollout, config.seed, config.init, workdir.tokenizer
+      config.task, config.tokenizer, config.rollout, config.seed, config.init, workdir.path
     )
-    check_vocabulary(tokenizer, config.model)
     mask_V = tokenizer.sampleable_mask(config.model.vocab_size)
     roles = Roles(config, jax.devices()[: num_devices(config.seats)], mask_V)
     turns = Turns(roles.placement)

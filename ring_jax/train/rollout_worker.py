@@ -1,13 +1,11 @@
 """A rollout worker: the engine of a run's config in a process of its own, for whichever trainer of that run comes.
 
 It has no weights until a trainer brings them, and needs none on its disk.  What its samples depend on comes from the same
-config as the trainer's; how it is laid out (`rollout.parallel`, `rollout.slots`, `rollout.page_size`) is its own affair.
+config as the trainer's; how it is laid out (`rollout.parallel`, `.slots`, `.page_size`, `.pages`) is its own affair.
 """
 
 import dataclasses
 import fcntl
-import json
-import math
 import pathlib
 import signal
 import socket
@@ -16,16 +14,17 @@ import threading
 
 import jax
 
-from configs import loading
-from configs.schema import RunConfig, require
+from configs.schema import RunConfig
 from ring_jax.data.tasks import TaskSet
-from ring_jax.train.assets import check_vocabulary, prepare_tokenizer
+from ring_jax.data.tokenizer import FILE
+from ring_jax.train.assets import prepare_tokenizer
+from rollout import access
 from rollout.engine import RingEngine
 from rollout.remote import wire
 from rollout.remote.server import check_host, serve
 from rollout.service import EngineService
 from rollout.worker import EngineWorker
-from sharding.mesh import make_mesh
+from sharding.mesh import engine_mesh
 
 _LOOK_SECONDS = 1.0
 _EVERYWHERE = ("0.0.0.0", "::")
@@ -47,36 +46,22 @@ class Settings:
     check_host(self.host, self.token)  # before the engine, which takes its time
 
 
-def config_of(folder: str) -> RunConfig:
-  """Of a run's workdir."""
-  path = pathlib.Path(folder) / "config.json"
-  require(path.is_file(), f"--checkpoint={folder}: holds no config.json of a run; name the config with --config")
-  return loading.from_dict(json.loads(path.read_text()))
-
-
-def engine_of(config: RunConfig, tokenizer: str = "") -> RingEngine:
+def engine_of(config: RunConfig, workdir: pathlib.Path | None = None) -> RingEngine:
   """The engine of a run on this process' devices.
 
   Args:
-    tokenizer: the file of the run's own, where it built one; empty: it is built again from the same problems.
+    workdir: of the run, where it can be read.  A tokenizer that the run built and that is not there is built again from the
+      same problems.
   """
-  with tempfile.TemporaryDirectory() as folder:
-    built = pathlib.Path(tokenizer or f"{folder}/tokenizer.json")
+  with tempfile.TemporaryDirectory() as folder:  # a trainer alone writes in its workdir
+    place = workdir if workdir is not None and (workdir / FILE).is_file() else pathlib.Path(folder)
     tasks = TaskSet(config.task, config.tokenizer, config.seed)
-    found = prepare_tokenizer(config.tokenizer, config.init, tasks, built)
-  check_vocabulary(found, config.model)
+    tokenizer = prepare_tokenizer(config.tokenizer, config.init, tasks, place)
   parallel = config.rollout.parallel or config.model.parallel
-  count, devices = math.prod(parallel.mesh.sizes), jax.devices()
-  require(
-    count <= len(devices),
-    f"the engine's mesh needs {count} devices, here are {len(devices)}: set rollout.parallel.mesh for this worker",
-  )
-  if count > 1:
-    # On the CPU backend, programs under way at the same time can starve each other of threads inside of a collective.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
   return RingEngine(
-    config.model, config.rollout, eos_ids=found.eos_ids, vocab_mask_V=found.sampleable_mask(config.model.vocab_size),
-    seed=config.seed, mesh=None if count == 1 else make_mesh(parallel.mesh, devices[:count]),
+    config.model, config.rollout, eos_ids=tokenizer.eos_ids,
+    vocab_mask_V=tokenizer.sampleable_mask(config.model.vocab_size),
+    seed=config.seed, mesh=engine_mesh(parallel.mesh, "rollout.parallel.mesh of this worker"),
   )  # fmt: skip
 
 
@@ -94,7 +79,7 @@ def run_worker(engine: RingEngine, settings: Settings) -> None:
     service, host=settings.host, port=settings.port, token=settings.token, root=settings.checkpoint_root,
     chunk_bytes=settings.chunk_bytes,
   )  # fmt: skip
-  address = f"{settings.advertise or _reached_by(settings.host)}:{port}"
+  address = access.address(settings.advertise or _reached_by(settings.host), port)
   if settings.announce:
     _announce(pathlib.Path(settings.announce), address)
   print(f"rollout worker on {address}: {engine.config.slots} slots on {jax.devices()[0].device_kind}", flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 from configs.schema import ConfigError, Reward, RunConfig
 from ring_jax.records import FinishReason, Rollout, read_lines
 from ring_jax.rewards.pool import ScoringPool
-from ring_jax.train.assets import prepare_tasks
+from ring_jax.train.assets import prepare_tasks, require_built
 from ring_jax.train.report import metrics
 from ring_jax.train.scoring import Scorer
 
@@ -121,13 +121,11 @@ def rescore(workdir: pathlib.Path, config: RunConfig, records: Sequence[Mapping[
   Raises:
     ConfigError: the run's tokenizer is gone.
   """
-  built = workdir / "tokenizer.json"
-  if not (config.tokenizer.path or config.init or built.exists()):
-    raise ConfigError(f"{built}: the run's tokenizer is missing, and without it answers cannot be read")
+  require_built(config.tokenizer, config.init, workdir)
   phases = {record["step"]: record["phase"] for record in metrics.read(workdir / "metrics.jsonl")}
   phase_of = lambda record: "rlhf" if phases.get(record["step"]) == "rlhf" else "rl"  # noqa: E731
   asked = [record for record in records if config.phase(phase_of(record)).reward is Reward.VERIFIER]
-  tokenizer, tasks = prepare_tasks(config.task, config.tokenizer, config.rollout, config.seed, config.init, built)
+  tokenizer, tasks = prepare_tasks(config.task, config.tokenizer, config.rollout, config.seed, config.init, workdir)
   rollouts = [_rollout(record) for record in asked]
   with ScoringPool(config.task, thinking=config.tokenizer.thinking) as pool:
     kinds = Scorer(pool, tokenizer).score(rollouts, lambda rollout: tasks.train(rollout.problem))

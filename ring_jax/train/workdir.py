@@ -28,7 +28,6 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any, Self, TextIO
 
-from configs import loading
 from configs.schema import ConfigError, RunConfig, to_dict
 
 # What may change between two calls for one run: it does not alter a step that has been taken.
@@ -105,10 +104,6 @@ class Workdir:
   @property
   def plots(self) -> pathlib.Path:
     return self.path / "plots"
-
-  @property
-  def tokenizer(self) -> pathlib.Path:
-    return self.path / "tokenizer.json"
 
   # -------------------------------------------------------------------------------------------------------------------
   # Lock
@@ -199,21 +194,6 @@ class Workdir:
         f"holds a run with another config: {', '.join(differing[:_SHOWN])}{more};"
         " give another --workdir, or the values it was started with"
       )
-
-
-def read_config(path: str | os.PathLike[str]) -> RunConfig:
-  """The config of a run that is only looked at.
-
-  Raises:
-    WorkdirError: there is no run.
-  """
-  file = pathlib.Path(path).expanduser() / "config.json"
-  try:
-    return loading.from_dict(json.loads(file.read_text()))
-  except OSError as error:
-    raise WorkdirError(f"--workdir={path}: is no run's ({file.name}: {error.strerror})") from None
-  except ValueError as error:
-    raise WorkdirError(f"--workdir={path}: {file.name} is not a run's ({error})") from None
 
 
 def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, Any]]:

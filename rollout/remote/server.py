@@ -32,6 +32,7 @@ from configs.base import ConfigError, require
 from ring_jax.checkpoint.errors import CheckpointError
 from ring_jax.checkpoint.resolve import open_checkpoint
 from ring_jax.records import FinishReason
+from rollout import access
 from rollout.engine import Sampling
 from rollout.remote import wire
 from rollout.remote import worker_pb2 as pb
@@ -109,7 +110,7 @@ def serve(
     maximum_concurrent_rpcs=_THREADS,
   )  # fmt: skip
   add_rl_service(server, service, token=token, root=root, chunk_bytes=chunk_bytes)
-  address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+  address = access.address(host, port)
   try:
     bound = server.add_insecure_port(address)
   except RuntimeError:
@@ -122,7 +123,7 @@ def serve(
 def check_host(host: str, token: str) -> None:
   """Raises ConfigError: it is open to others, and there is no token."""
   require(
-    bool(token) or host in ("localhost", "::1") or host.startswith("127."),
+    bool(token) or access.is_local(host),
     f"--host={host}: whoever can reach it could use this worker; set a token ({wire.TOKEN_VARIABLE} or --token_file)",
   )
 

@@ -6,7 +6,6 @@ version of gRPC.
 
 import dataclasses
 import hashlib
-import hmac
 import json
 import os
 import pathlib
@@ -16,14 +15,14 @@ from typing import Any
 import grpc
 
 from configs.base import require
+from rollout import access
 from rollout.remote import worker_pb2 as pb
 
 PROTOCOL = 1
 SERVICE = pb.DESCRIPTOR.services_by_name["RolloutWorker"].full_name
 TOKEN_VARIABLE = "RING_JAX_WORKER_TOKEN"
-CHUNK_BYTES = (
-  4 << 20
-)  # of weights in one message: at 64 MiB gRPC and protobuf take four times the processor time a byte
+# Of weights in one message: at 64 MiB gRPC and protobuf take four times the processor time a byte.
+CHUNK_BYTES = 4 << 20
 LARGEST_CHUNK_BYTES = 64 << 20
 MESSAGE_BYTES = 1 << 20  # at which messages with jobs or tokens are cut
 _OVERHEAD_BYTES = 4 << 20  # a message beside its chunk; one job with what was cut before it
@@ -92,7 +91,7 @@ def read_token(path: str = "") -> str:
   Raises:
     ConfigError: the file holds none, or what it holds cannot be sent.
   """
-  token = pathlib.Path(path).read_text().strip() if path else os.environ.get(TOKEN_VARIABLE, "")
+  token = (pathlib.Path(path).read_text() if path else os.environ.get(TOKEN_VARIABLE, "")).strip()
   source = path or TOKEN_VARIABLE
   require(bool(token) or not path, f"{source}: is empty")
   require(token.isascii() and token.isprintable(), f"{source}: a token is printable ASCII in one line")
@@ -105,10 +104,8 @@ def credentials(token: str) -> list[tuple[str, str]]:
 
 
 def is_authorized(metadata: Sequence[tuple[str, str | bytes]], token: str) -> bool:
-  """In a time that does not tell how much of a token was right."""
-  given = next((value for key, value in metadata if key == _HEADER), "")
-  given = given if isinstance(given, bytes) else given.encode()
-  return not token or hmac.compare_digest(given, f"Bearer {token}".encode())
+  """Whether a call brings the token."""
+  return access.is_authorized(next((value for key, value in metadata if key == _HEADER), ""), token)
 
 
 def digest(value: Any) -> str:

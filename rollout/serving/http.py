@@ -11,7 +11,6 @@ fails costs no decode step.  Every error is OpenAI's error object.
 import asyncio
 import dataclasses
 import functools
-import hmac
 import json
 import secrets
 import time
@@ -29,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from configs.schema import TokenizerConfig
 from ring_jax.data.chat import render_prompt
 from ring_jax.data.tokenizer import THINK_CLOSE, Tokenizer
+from rollout import access
 from rollout.engine import Sampling
 from rollout.service import EngineService
 from rollout.serving.answers import Answer
@@ -70,7 +70,7 @@ class Front:
 
   def __init__(self, service: EngineService, model: Model, limits: Limits, key: str = ""):
     self._service, self._model, self._limits = service, model, limits
-    self._key = key.encode()
+    self._key = key
     self._pieces = model.tokenizer.pieces()
     self._created = int(time.time())
     self._draining = False
@@ -103,11 +103,8 @@ class Front:
     Raises:
       RequestError: 401.
     """
-    if not self._key or not scope["path"].startswith("/v1"):
-      return
     given = dict(scope["headers"]).get(b"authorization", b"")
-    scheme, _, key = given.partition(b" ")
-    if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+    if scope["path"].startswith("/v1") and not access.is_authorized(given, self._key):
       message = "a valid key is needed: Authorization: Bearer KEY"
       raise RequestError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 

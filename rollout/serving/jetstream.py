@@ -15,7 +15,6 @@ The threads, queues and the wire are JetStream's.  What is mended here, and why:
 
 import asyncio
 import dataclasses
-import hmac
 import itertools
 import logging
 import queue
@@ -27,7 +26,7 @@ from typing import Any
 import grpc
 
 from ring_jax.data.tokenizer import Tokenizer
-from rollout import jetstream_compat
+from rollout import access, jetstream_compat
 from rollout.engine import DecodeState, Insertion, Prefix, RingEngine, Sampling
 from rollout.serving.text import Writer
 
@@ -179,7 +178,7 @@ class Servicer(orchestrator.LLMOrchestrator):
 
   async def _admit(self, context) -> None:
     given = dict(context.invocation_metadata()).get("authorization", "")
-    if self._door.key and not hmac.compare_digest(given.encode(), f"Bearer {self._door.key}".encode()):
+    if not access.is_authorized(given, self._door.key):
       await context.abort(grpc.StatusCode.UNAUTHENTICATED, "a valid key is needed: authorization: Bearer KEY")
     if self.draining or not self._driver.live:
       await context.abort(grpc.StatusCode.UNAVAILABLE, "the server drains, or its engine failed")

@@ -3,7 +3,8 @@
 Labels take few values: a path that is not a route is "other".
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import prometheus_client
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -29,6 +30,21 @@ _COUNTERS = {
   "prefill_seconds": "Time in prefills.",
   "decode_seconds": "Time in decode dispatches.",
 }
+# Of `CacheUse`, where keys and values are in pages.
+_CACHE_GAUGES = {
+  "pages": "Pages of keys and values.",
+  "page_size": "Positions of a page.",
+  "in_use": "Pages that slots hold.",
+  "shared": "Pages that several slots hold.",
+  "cached": "Pages that no slot holds and whose content is known.",
+  "peak": "The most pages that were held at once.",
+}
+_CACHE_COUNTERS = {
+  "asked": "Tokens whose keys and values new sequences needed.",
+  "saved": "Of them, those that did not have to be computed.",
+  "evicted": "Slots that gave their sequence back so that others could go on.",
+  "refused": "Sequences that found no room, each time that they were tried.",
+}
 
 
 class Metrics:
@@ -51,12 +67,19 @@ class Metrics:
 
   def collect(self) -> Iterator[Metric]:
     stats = self._service.stats()
-    for name, text in _GAUGES.items():
-      yield GaugeMetricFamily(f"ring_jax_{name}", text, value=float(getattr(stats, name)))
-    for name, text in _COUNTERS.items():
-      yield CounterMetricFamily(f"ring_jax_{name}", text, value=float(getattr(stats, name)))
+    yield from _families("ring_jax", stats, _GAUGES, _COUNTERS)
+    if stats.cache is not None:
+      yield from _families("ring_jax_cache", stats.cache, _CACHE_GAUGES, _CACHE_COUNTERS)
     healthy = not (stats.error or self._draining())
     yield GaugeMetricFamily("ring_jax_healthy", "0 when the engine failed or the server drains.", value=float(healthy))
 
   def text(self) -> bytes:
     return prometheus_client.generate_latest(self._registry)
+
+
+def _families(prefix: str, values: Any, gauges: Mapping[str, str], counters: Mapping[str, str]) -> Iterator[Metric]:
+  """Fields of `values` by name, each with its help text."""
+  for name, text in gauges.items():
+    yield GaugeMetricFamily(f"{prefix}_{name}", text, value=float(getattr(values, name)))
+  for name, text in counters.items():
+    yield CounterMetricFamily(f"{prefix}_{name}", text, value=float(getattr(values, name)))

@@ -18,24 +18,22 @@ import threading
 from types import FrameType
 from typing import Any, NamedTuple
 
-import jax
 import uvicorn
 
 from configs import loading
-from configs.parallel import MeshConfig
 from configs.schema import ChatTemplate, ConfigError, ModelConfig, RolloutConfig, RolloutDtype, TokenizerConfig, require
 from configs.status import ExitStatus
 from ring_jax.checkpoint.resolve import Opened, open_checkpoint
-from ring_jax.data.tokenizer import Tokenizer
+from ring_jax.data.tokenizer import FILE, Tokenizer, run_file
 from ring_jax.model import param_shardings
+from rollout.access import address, is_local
 from rollout.engine import RingEngine, Sampling, bucket
 from rollout.service import EngineService
 from rollout.serving.http import Front, Limits, Model
 from rollout.serving.settings import Settings
 from rollout.worker import EngineWorker, Job
-from sharding.mesh import make_mesh
+from sharding.mesh import engine_mesh
 
-_TOKENIZER = "tokenizer.json"
 _LENGTH = 1024  # of prompt and of answer, where neither flag nor run says
 _PREFILLS = 4  # prompts of one dispatch
 _LAST_BYTES_SECONDS = 10  # for clients to read what was drawn
@@ -57,7 +55,7 @@ def load(settings: Settings) -> Loaded:
     ConfigError: a setting does not fit it.
   """
   stored = settings.dtype if settings.dtype in (RolloutDtype.FLOAT32, RolloutDtype.BFLOAT16) else None
-  mesh = _mesh(settings.mesh)
+  mesh = engine_mesh(settings.mesh, "--mesh")
 
   def placed(found: ModelConfig) -> Any:
     return param_shardings(dataclasses.replace(found, parallel=settings.parallel), mesh)
@@ -65,10 +63,6 @@ def load(settings: Settings) -> Loaded:
   opened = open_checkpoint(settings.checkpoint, stored and stored.value, placed if mesh is not None else None)
   model = dataclasses.replace(opened.config, parallel=settings.parallel)  # a run's own is its trainer's
   tokenizer, template = _text(opened, settings)
-  require(
-    tokenizer.vocab_size <= model.vocab_size,
-    f"model.vocab_size={model.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids",
-  )
   engine = RingEngine(
     model,
     _rollout(settings, model),
@@ -85,14 +79,6 @@ def load(settings: Settings) -> Loaded:
     sampling=Sampling(settings.temperature, settings.top_p, settings.top_k, secrets.randbits(31)),
   )
   return Loaded(engine, engine.load_params(opened.params), opened.step or 0, told)
-
-
-def _mesh(config: MeshConfig) -> jax.sharding.Mesh | None:
-  if config.num_devices == 1:
-    return None
-  devices = jax.devices()
-  require(config.num_devices <= len(devices), f"--mesh: {config.num_devices} devices, but there are {len(devices)}")
-  return make_mesh(config, devices[: config.num_devices])
 
 
 def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
@@ -113,6 +99,7 @@ def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
     max_tokens=answer,
     dtype=settings.dtype or default,
     page_size=settings.page_size,
+    pages=settings.pages,
     steps_per_dispatch=settings.steps_per_dispatch,
     prefill_batch=min(settings.slots, parts * max(1, _PREFILLS // parts)),
   )
@@ -120,32 +107,32 @@ def _rollout(settings: Settings, model: ModelConfig) -> RolloutConfig:
 
 def _text(opened: Opened, settings: Settings) -> tuple[Tokenizer, TokenizerConfig]:
   """Tokenizer and template: a run's own, or those of a Hugging Face folder."""
-  folder = pathlib.Path(opened.extras["folder"])
-  template, places = TokenizerConfig(template=ChatTemplate.CHAT), [folder / _TOKENIZER]
   if "config" in opened.extras:
     config = loading.from_dict(opened.extras["config"])
-    template, places = config.tokenizer, [folder.absolute().parents[1] / _TOKENIZER]  # built by the run, in its workdir
-    if config.init:
-      places.insert(0, pathlib.Path(config.init) / _TOKENIZER)
-    if template.path:
-      places.insert(0, pathlib.Path(template.path))
-  if settings.tokenizer:
-    places = [pathlib.Path(settings.tokenizer)]
-  found = next((place for place in places if place.exists()), None)
-  require(found is not None, f"--tokenizer is needed: there is none at {' or '.join(str(place) for place in places)}")
+    template, file = config.tokenizer, run_file(config.tokenizer, config.init, opened.workdir)
+  else:
+    template, file = TokenizerConfig(template=ChatTemplate.CHAT), opened.extras["folder"] / FILE
+  file = pathlib.Path(settings.tokenizer or file)
+  require(file.exists(), f"--tokenizer is needed: there is none at {file}")
   if settings.thinking is not None:
     template = dataclasses.replace(template, thinking=settings.thinking)
-  return Tokenizer.load(found), template
+  return Tokenizer.load(file), template
 
 
 def warm_up(worker: EngineWorker, loaded: Loaded) -> None:
-  """Compiles what requests will need: a prefill of every length, and the decode step."""
+  """Compiles what requests will need: a prefill of every length, from what pages hold too, and the decode step."""
   worker.begin(loaded.params, loaded.version, [])
-  length, longest = 1, loaded.engine.config.max_prompt_tokens
-  while length:
-    worker.advance([Job(0, 0, [0] * length, 1)])
+  longest, page = loaded.engine.config.max_prompt_tokens, loaded.engine.page_size
+  lengths = [min(2, longest)]  # in pages a lone token needs no prefill
+  while bucket(lengths[-1]) < longest:
+    lengths.append(min(2 * bucket(lengths[-1]), longest))
+  prompts = [[token] * length for token, length in enumerate(lengths, 1)]
+  if 0 < page < longest:  # and what goes on from one page
+    prompts.append([0] * (page + 1))
+    prompts += [[0] * page + [token] * min(length, longest - page) for token, length in enumerate(lengths, 1)]
+  for prompt in prompts:
+    worker.advance([Job(0, 0, prompt, 1)])
     worker.release([0])
-    length = min(2 * bucket(length), longest) if bucket(length) < longest else 0
 
 
 def serve(settings: Settings) -> None:
@@ -199,17 +186,17 @@ def _jetstream(loaded: Loaded, settings: Settings) -> Any:
 
 
 def _announce(settings: Settings, loaded: Loaded, port: int) -> None:
-  host = f"[{settings.host}]" if ":" in settings.host else settings.host
   config = loaded.engine.config
   print(
     f"{loaded.model.name} (weights {loaded.version}): {config.slots} slots, prompts up to {config.max_prompt_tokens} and"
     f" answers up to {config.max_tokens} tokens, {config.dtype}"
   )
-  if not (settings.is_local or settings.api_key):
+  if not (is_local(settings.host) or settings.api_key):
     print("warning: everyone who can reach this host may use the server; --api_key asks for a key", file=sys.stderr)
   if settings.grpc_port:
-    print(f"JetStream gRPC at {host}:{settings.grpc_port}")
-  print(f"serving at http://{host}:{port}/v1; Ctrl-C or SIGTERM lets requests end, a second one does not", flush=True)
+    print(f"JetStream gRPC at {address(settings.host, settings.grpc_port)}")
+  where = f"http://{address(settings.host, port)}/v1"
+  print(f"serving at {where}; Ctrl-C or SIGTERM lets requests end, a second one does not", flush=True)
 
 
 def _uvicorn(front: Front, settings: Settings) -> uvicorn.Config:

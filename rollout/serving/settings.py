@@ -1,7 +1,6 @@
 """What a server is started with; each value is checked on construction."""
 
 import dataclasses
-import ipaddress
 
 from configs.base import require
 from configs.parallel import AXES, ExpertParallel, MeshConfig, ParallelConfig
@@ -23,7 +22,8 @@ class Settings:
   dtype: RolloutDtype | None = None  # of the weights
   mesh: MeshConfig = MeshConfig()  # devices along each axis
   slots: int = 16
-  page_size: int = 0
+  page_size: int = 0  # positions of a page of keys and values; 0: a slot's in one piece
+  pages: int = 0  # for all slots; 0: as many as they need at full length
   steps_per_dispatch: int = 4
   max_prompt_tokens: int | None = None
   max_tokens: int | None = None  # of an answer
@@ -37,7 +37,7 @@ class Settings:
 
   def __post_init__(self):
     for name, least, most in (
-      ("port", 0, 65_535), ("grpc_port", 0, 65_535), ("slots", 1, 2**20), ("page_size", 0, 2**20),
+      ("port", 0, 65_535), ("grpc_port", 0, 65_535), ("slots", 1, 2**20), ("page_size", 0, 2**20), ("pages", 0, 2**30),
       ("steps_per_dispatch", 1, 2**10), ("max_prompt_tokens", 1, 2**24), ("max_tokens", 1, 2**24),
       ("max_waiting", 0, 2**20), ("max_body_bytes", 1, 2**31), ("max_connections", 1, 2**20), ("temperature", 0, 2),
       ("top_k", 0, 2**31 - 1),
@@ -55,6 +55,11 @@ class Settings:
       f"--grpc_port={self.grpc_port} needs one device, not --mesh: JetStream's threads and the HTTP front's would each"
       " start programs that wait for all devices",
     )
+    require(not self.pages or self.page_size, f"--pages={self.pages}: needs --page_size")
+    require(
+      not (self.pages and self.grpc_port),
+      f"--pages={self.pages}: JetStream has slots of full length, so not with --grpc_port",
+    )
     parts = self.parallel.batch_parts
     require(
       self.slots % parts == 0, f"--slots={self.slots}: must be a multiple of {parts}, the devices that share them"
@@ -68,16 +73,6 @@ class Settings:
     # A decode step has few tokens: all of them travel to all experts.
     exchange = ExpertParallel.RING if self.mesh.expert > 1 else ExpertParallel.LOCAL
     return ParallelConfig(self.mesh, expert_parallel=exchange)
-
-  @property
-  def is_local(self) -> bool:
-    """Whether only this machine can reach the server."""
-    if self.host == "localhost":
-      return True
-    try:
-      return ipaddress.ip_address(self.host).is_loopback
-    except ValueError:
-      return False
 
 
 def parse_mesh(text: str) -> MeshConfig:

@@ -123,12 +123,7 @@ def read_run(workdir: pathlib.Path, metrics: Sequence[Mapping], timings: Sequenc
   Raises:
     ConfigError: what it lacks.
   """
-  try:
-    config = loading.from_dict(json.loads((workdir / "config.json").read_text())).rollout
-  except OSError as error:
-    raise ConfigError(f"--calibrate={workdir}: config.json cannot be read ({error.strerror})") from None
-  except ValueError as error:
-    raise ConfigError(f"--calibrate={workdir}: config.json is not a run's ({error})") from None
+  config = loading.of_run(workdir, f"--calibrate={workdir}").rollout
   steps = {record["step"]: record for record in metrics if record.get("phase") == "rl"}
   seconds = {record["step"]: record for record in timings if record.get("phase") == "rl"}
   shared = sorted(steps.keys() & seconds.keys())

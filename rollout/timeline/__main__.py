@@ -55,7 +55,7 @@ def main() -> None:
     raise ConfigError("--workdir and --events: give one, a run or an event log")
   if not (FLAGS.out or FLAGS.trace):
     raise ConfigError("--out and --trace are missing: nothing to write")
-  workdir = pathlib.Path(FLAGS.workdir) if FLAGS.workdir else None
+  workdir = pathlib.Path(FLAGS.workdir).expanduser() if FLAGS.workdir else None
   timeline = build(events.read(workdir / "events.jsonl" if workdir else pathlib.Path(FLAGS.events)))
   if FLAGS.out:
     from rollout.timeline import picture  # matplotlib takes a second to import

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -11,8 +12,8 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from configs.schema import ConfigError
-from ring_jax.data.tokenizer import ROLE_NAMES, Tokenizer
+from configs.schema import ConfigError, TokenizerConfig
+from ring_jax.data.tokenizer import ROLE_NAMES, Tokenizer, run_file
 
 TEXTS = ["spell this word backward", "the words of the text", "12 + 34 = 46", "HUMANS ARE HUMAN"] * 5
 PLAIN = Tokenizer.build()
@@ -117,3 +118,14 @@ def test_loading_errors_are_one_clear_line(tmp_path):
   assert "not a tokenizer" in message(tmp_path)
   tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
   assert "<|role_end|>" in message(tmp_path)
+
+
+def test_a_run_has_its_tokenizer_at_one_place_and_no_other_stands_in_for_it(tmp_path):
+  workdir, init = tmp_path / "run", tmp_path / "init"
+  for folder in (workdir, init):
+    Tokenizer.build().save(folder)
+  named = TokenizerConfig(path="gone/tokenizer.json")
+  assert run_file(named, str(init), workdir) == pathlib.Path("gone/tokenizer.json")
+  assert run_file(TokenizerConfig(), str(init), workdir) == init / "tokenizer.json"
+  assert run_file(TokenizerConfig(), "gone", workdir) == pathlib.Path("gone/tokenizer.json")
+  assert run_file(TokenizerConfig(), "", workdir) == workdir / "tokenizer.json"

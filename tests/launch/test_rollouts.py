@@ -23,9 +23,7 @@ def workdir(tmp_path_factory):
   """Two steps by the verifier: of each two answers one is right; and one whose rewards are a reward model's."""
   folder = Workdir(tmp_path_factory.mktemp("run"))
   folder.store_config(CONFIG)
-  tokenizer, tasks = prepare_tasks(
-    CONFIG.task, CONFIG.tokenizer, CONFIG.rollout, CONFIG.seed, CONFIG.init, folder.tokenizer
-  )
+  tokenizer, tasks = prepare_tasks(CONFIG.task, CONFIG.tokenizer, CONFIG.rollout, CONFIG.seed, CONFIG.init, folder.path)
   log, uid = SampleLog(folder.rollouts), 0
   for step in (1, 2, 3):
     rollouts = []
@@ -38,7 +36,17 @@ def workdir(tmp_path_factory):
         reward = (0.5 if step == 3 else float(right)) if uid != 4 else 0.0  # rollout 4 is right, and stored as wrong
         prompt = tokenizer.encode(asked.prompt)
         rollouts.append(
-          Rollout(uid, problem, problem, prompt, tokens, [-1.0] * len(tokens), [step] * len(tokens), reason, reward)
+          Rollout(
+            uid,
+            problem,
+            problem,
+            prompt,
+            tokens,
+            [-1.0] * len(tokens),
+            [step] * len(tokens),
+            finish_reason=reason,
+            reward=reward,
+          )
         )
         uid += 1
     log.write(step, step, rollouts, [0.0] * 4, lambda r: (tokenizer.decode(r.prompt), tokenizer.decode(r.tokens)))

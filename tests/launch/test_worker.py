@@ -17,7 +17,7 @@ CONFIG = "--config=configs/ring_tiny.py"
   ("flags", "says"),
   [
     ([], "--config or --checkpoint is missing"),
-    (["--checkpoint=configs"], "--checkpoint=configs: holds no config.json of a run"),
+    (["--checkpoint=configs"], "--checkpoint=configs: config.json cannot be read"),
     ([CONFIG, "--host=0.0.0.0"], "--host=0.0.0.0: whoever can reach it could use this worker; set a token"),
     ([CONFIG, "--token_file=/nowhere/token"], "/nowhere/token"),
     ([CONFIG, '--config.rollout.workers=["a"]'], "rollout.workers.0='a': must be HOST:PORT"),

@@ -23,7 +23,7 @@ from ring_jax import model as ring_model
 from ring_jax.train.optimizer import make_optimizer
 from ring_jax.train.programs import Programs, RLFields, Tokens
 from rollout.engine import Insertion, RingEngine, Sampling
-from sharding.mesh import make_mesh
+from sharding.mesh import engine_mesh, make_mesh
 
 RUN = get_config()
 MODEL = dataclasses.replace(
@@ -256,6 +256,7 @@ def test_optimizer_state_can_wait_in_host_memory(params, batch):
       "packing",
     ),
     (lambda: make_mesh(MeshConfig(fsdp=3)), "is 3 devices, but there are 8"),
+    (lambda: engine_mesh(MeshConfig(fsdp=16), "--mesh"), "^--mesh: 16 devices are wanted, but there are 8$"),
   ],
 )
 def test_what_cannot_be_cut_is_one_clear_error(change, says):

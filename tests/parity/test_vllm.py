@@ -214,7 +214,7 @@ def test_a_child_that_hangs_or_dies(folder, tmp_path):
   with pytest.raises(VLLMError, match=r"^vLLM: no answer within 0\.2 s while starting"):
     VLLM(str(slow), timeout=0.2)
   with VLLM() as child:
-    threading.Timer(1.0, os.kill, (child._process.pid, signal.SIGKILL)).start()  # while an engine starts
+    threading.Timer(1.0, os.kill, (child.pid, signal.SIGKILL)).start()  # while an engine starts
     for message in (rf"ended with status -{signal.SIGKILL:d} while running ", "process .* ended"):
       with pytest.raises(VLLMError, match=message):
         child.run(folder, score=[PROMPT])

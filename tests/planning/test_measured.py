@@ -46,8 +46,9 @@ def write(folder, config, seconds, steps=8, **more):
 
 
 def law(devices, cut):
-  """Seconds of every stage: a share of work, and a cost of each device for the calls that a step makes."""
-  found = {name: (index + 1) * (0.5 + 0.01 * devices + 0.02 * devices * cut) for index, name in enumerate(STAGES)}
+  """Seconds of every stage: a share of work, and for the calls that a step makes a cost of each device and of each piece."""
+  pieces = (devices - 1) * cut  # of the one model, to every device that lacks them
+  found = {name: (index + 1) * (0.5 + 0.01 * devices + 0.02 * pieces) for index, name in enumerate(STAGES)}
   return found | {"score": 0.3}  # the host's own
 
 

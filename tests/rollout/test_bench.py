@@ -71,7 +71,7 @@ def test_the_checkpoint_has_the_engine_s_weights(params, dtype, tmp_path):
 
 
 def test_a_peer_that_is_not_there_is_one_line():
-  with pytest.raises(PeerError, match="vllm: its process ended with status 1") as error:
+  with pytest.raises(PeerError, match="vllm's process ended with status 1 while starting") as error:
     Peer("vllm", 1, interpreter="/bin/false")
   assert "\n" not in str(error.value)
 
