@@ -16,6 +16,7 @@ from ring_jax.model import Params
 from rollout.driver import RolloutDriver
 from rollout.engine import Programs, RingEngine
 from rollout.scheduler import C3POScheduler
+from rollout.worker import EngineWorker
 
 _GROUP = 8
 
@@ -62,7 +63,7 @@ class HostShare:
     self._clock, self._timed = clock, _Timed(clock)
     engine.programs = Programs(*map(self._timed.wrap, engine.programs))
     self._scheduler = C3POScheduler(config)
-    self._driver = RolloutDriver(engine, self._scheduler)
+    self._driver = RolloutDriver(EngineWorker(engine), self._scheduler, tokens)
     self._random = np.random.default_rng(0)
     self._prompt, self._vocab = prompt, model.vocab_size
 

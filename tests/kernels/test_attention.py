@@ -327,7 +327,7 @@ def test_layers_keep_nothing_of_other_backends():
 @pytest.mark.parametrize(
   "change, message",
   [
-    ({"implementation": "fastest"}, "implementation='fastest': one of reference, xla_blocked, splash"),
+    ({"implementation": "fastest"}, "implementation='fastest': one of reference, xla_strips, xla_blocked, splash"),
     ({"implementation": "splash", "dtype": "float16"}, "implementation='splash' with float16"),
     ({"k": (1, 8, 3, 4), "v": (1, 8, 3, 4)}, "H a multiple of K"),
     ({"k": (1, 9, 2, 4)}, r"expected \[B, T, H, d\]"),
