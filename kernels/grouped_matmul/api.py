@@ -73,7 +73,7 @@ def grouped_matmul(
 
 def gated_experts(
   rows_MxD: jax.Array,
-  gate_up_LxExDxG: jax.Array,
+  gate_up_LxExDx2xF: jax.Array,
   down_LxExFxD: jax.Array,
   group_sizes_E: jax.Array,
   layer: jax.Array | int,
@@ -82,7 +82,7 @@ def gated_experts(
 
   Args:
     rows_MxD: rows sorted by expert.
-    gate_up_LxExDxG: gate, then up, side by side: G = 2F.
+    gate_up_LxExDx2xF: index 0: gate, 1: up.
     down_LxExFxD: same dtype as the rows.
     group_sizes_E: as of `grouped_matmul`.
     layer: which layer's experts.
@@ -92,15 +92,20 @@ def gated_experts(
   """
   layer = jnp.asarray(layer, jnp.int32)
 
-  def products(rows_MxD, gate_up_LxExDxG, down_LxExFxD, group_sizes_E, layer):
-    gate_up_ExDxG, down_ExFxD = (
-      jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in (gate_up_LxExDxG, down_LxExFxD)
+  def products(rows_MxD, gate_up_LxExDx2xF, down_LxExFxD, group_sizes_E, layer):
+    gate_up_ExDx2xF, down_ExFxD = (
+      jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False) for stack in (gate_up_LxExDx2xF, down_LxExFxD)
     )
+    # One layer's: a TPU lays gate and up in tiles, so that side by side they are a copy, which XLA would make of all layers.
+    gate_up_ExDxG = gate_up_ExDx2xF.reshape(*gate_up_ExDx2xF.shape[:2], -1)
     gate_MxF, up_MxF = jnp.split(grouped_matmul(rows_MxD, gate_up_ExDxG, group_sizes_E), 2, axis=-1)
     return grouped_matmul(jax.nn.silu(gate_MxF) * up_MxF, down_ExFxD, group_sizes_E)
 
-  arguments = rows_MxD, gate_up_LxExDxG, down_LxExFxD, group_sizes_E, layer
-  return jax.lax.platform_dependent(*arguments, cpu=blocked.gated_experts, default=products)
+  def in_blocks(rows_MxD, gate_up_LxExDx2xF, *rest):
+    return blocked.gated_experts(rows_MxD, gate_up_LxExDx2xF.reshape(*gate_up_LxExDx2xF.shape[:3], -1), *rest)
+
+  arguments = rows_MxD, gate_up_LxExDx2xF, down_LxExFxD, group_sizes_E, layer
+  return jax.lax.platform_dependent(*arguments, cpu=in_blocks, default=products)
 
 
 def _run(chosen: Implementation | None, name: str, *arrays: jax.Array):

@@ -136,8 +136,7 @@ def _stacked_experts(config: ModelConfig, weights, axes, index: jax.Array, rows_
     one = lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False).astype(rows_MxD.dtype)  # noqa: E731
     weights = jax.tree.map(lambda stack, a: _whole(config, one(stack), a[1:])[None], weights, axes)
     index = jnp.zeros_like(index)
-  gate_up_LxexDxF2 = weights["gate_up"].reshape(*weights["gate_up"].shape[:3], -1)
-  return gated_experts(rows_MxD, gate_up_LxexDxF2, weights["down"], sizes_e, index)
+  return gated_experts(rows_MxD, weights["gate_up"], weights["down"], sizes_e, index)
 
 
 def _gated(weights, x_NxD: jax.Array) -> jax.Array:

@@ -358,14 +358,14 @@ def test_gated_experts_are_the_chosen_layer_s(layout, dtype):
   layers, F = 3, 20
   keys = jax.random.split(jax.random.key(1), 3)
   x = jax.random.normal(keys[0], (rows, K), dtype)
-  gate_up = jax.random.normal(keys[1], (layers, len(sizes), K, 2 * F), dtype)
+  gate_up = jax.random.normal(keys[1], (layers, len(sizes), K, 2, F), dtype)
   down = jax.random.normal(keys[2], (layers, len(sizes), F, K), dtype)
   got = jax.jit(gated_experts)(x, gate_up, down, jnp.asarray(sizes, jnp.int32), 2)
   assert got.dtype == dtype and got.shape == x.shape
   want, start = np.zeros(x.shape), 0
   for e, size in enumerate(sizes):
     mine = slice(start, start + size)
-    hidden = np.asarray(x[mine], np.float64) @ np.asarray(gate_up[2, e], np.float64)
+    hidden = np.asarray(x[mine], np.float64) @ np.asarray(gate_up[2, e], np.float64).reshape(K, 2 * F)
     gate, up = np.split(hidden, 2, axis=1)
     want[mine] = (gate / (1 + np.exp(-gate)) * up) @ np.asarray(down[2, e], np.float64)
     start += size
