@@ -9,6 +9,7 @@ at once.
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import os
 import pathlib
 import secrets
@@ -141,6 +142,7 @@ def serve(settings: Settings) -> None:
   Raises:
     ConfigError: a port is taken, or a setting does not fit the checkpoint.
   """
+  logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that left while their answer was sent
   with _bind(settings.host, settings.port, "port") as listener:
     if settings.grpc_port:
       _bind(settings.host, settings.grpc_port, "grpc_port").close()  # gRPC itself shares a port that is taken
