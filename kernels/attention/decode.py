@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from configs.schema import Enum, require
 from kernels.attention.cache import DenseCache, PagedCache
 from kernels.attention.dense_blocks import decode_dense_blocks
+from kernels.attention.online import OnlineSoftmax
 from kernels.attention.ragged_paged import attend_ragged_paged, fits
 from kernels.choice import choose
 
@@ -143,26 +144,21 @@ def _attend_one_by_one(q_BxTxHxd, pages_LxPxNxCxd, page_table_BxW, starts_B, lay
   q_BxKxRxd = q_BxTxHxd.reshape(B, T, K, G, d).transpose(0, 2, 1, 3, 4).reshape(B, K, T * G, d)
   position_BxR = starts_B[:, None] + jnp.arange(T * G) // G
 
-  def page(w, carry):
-    old_BxKxRx1, sum_BxKxRx1, value_BxKxRxd = carry
+  def page(w: jax.Array, softmax: OnlineSoftmax) -> OnlineSoftmax:
     kv_BxNxCxd = pages_LxPxNxCxd.at[layer, page_table_BxW.at[:, w].get(mode="clip")].get(mode="clip")
     k_BxNxKxd, v_BxNxKxd = kv_BxNxCxd[:, :, 0::2], kv_BxNxCxd[:, :, 1::2]
     scores_BxKxRxN = jnp.einsum("bkrd,bnkd->bkrn", q_BxKxRxd, k_BxNxKxd, preferred_element_type=wide) * d**-0.5
     past_BxRxN = w * N + jnp.arange(N) <= position_BxR[:, :, None]
     masked_BxKxRxN = jnp.where(past_BxRxN[:, None], scores_BxKxRxN, jnp.finfo(wide).min)
-    max_BxKxRx1 = jnp.maximum(old_BxKxRx1, masked_BxKxRxN.max(axis=-1, keepdims=True))
-    probs_BxKxRxN = jnp.exp(masked_BxKxRxN - max_BxKxRx1)
-    shrink_BxKxRx1 = jnp.exp(old_BxKxRx1 - max_BxKxRx1)
-    more_BxKxRxd = jnp.einsum(
-      "bkrn,bnkd->bkrd", probs_BxKxRxN.astype(v_BxNxKxd.dtype), v_BxNxKxd, preferred_element_type=wide
-    )
-    sum_BxKxRx1 = shrink_BxKxRx1 * sum_BxKxRx1 + probs_BxKxRxN.sum(axis=-1, keepdims=True)
-    return max_BxKxRx1, sum_BxKxRx1, shrink_BxKxRx1 * value_BxKxRxd + more_BxKxRxd
 
-  zeros_BxKxRx1 = jnp.zeros((*q_BxKxRxd.shape[:3], 1), wide)
-  carry = (zeros_BxKxRx1 + jnp.finfo(wide).min, zeros_BxKxRx1, jnp.zeros(q_BxKxRxd.shape, wide))
+    def weigh(probs_BxKxRxN: jax.Array) -> jax.Array:
+      probs_BxKxRxN = probs_BxKxRxN.astype(v_BxNxKxd.dtype)
+      return jnp.einsum("bkrn,bnkd->bkrd", probs_BxKxRxN, v_BxNxKxd, preferred_element_type=wide)
+
+    return softmax.add(masked_BxKxRxN, weigh)
+
   # One page at least, so that the sum is never 0.
   pages = jnp.maximum(-(-(jnp.max(starts_B) + T) // N), 1)
-  _, sum_BxKxRx1, value_BxKxRxd = jax.lax.fori_loop(0, pages, page, carry)
-  out_BxKxTxGxd = (value_BxKxRxd / sum_BxKxRx1).reshape(B, K, T, G, d)
+  softmax = jax.lax.fori_loop(0, pages, page, OnlineSoftmax.empty(q_BxKxRxd.shape, wide))
+  out_BxKxTxGxd = softmax.result_Rxd.reshape(B, K, T, G, d)
   return out_BxKxTxGxd.transpose(0, 2, 1, 3, 4).reshape(B, T, H, d).astype(q_BxTxHxd.dtype)

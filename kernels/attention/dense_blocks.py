@@ -1,9 +1,8 @@
 """Decode over a dense cache, a few slots and positions at a time: for processors with caches of their own.
 
 Slots go in groups whose keys of one block of positions fit a core's cache.  A group reads blocks up to the end of its
-own longest slot, and the softmax is kept as a running maximum, sum and weighted value.  (All positions of all slots at
-once are first copied out of the cache's layer, used or not: twice the traffic, and it grows with the cache and not with
-what is in it.)
+own longest slot (online.py).  (All positions of all slots at once are first copied out of the cache's layer, used or not:
+twice the traffic, and it grows with the cache and not with what is in it.)
 
 Dimension key: L layers, B slots, b slots of a group, S positions, N positions of a block, H query heads, K key/value
 heads, G = H / K, d head dim.
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.attention.cache import DenseCache
+from kernels.attention.online import OnlineSoftmax
 
 _POSITIONS = 128
 _GROUP_BYTES = 512 << 10  # of keys
@@ -41,8 +41,7 @@ def _group(q_bxKxGxd, cache: DenseCache, lengths_b, first, layer, N: int) -> jax
   wide = jnp.promote_types(q_bxKxGxd.dtype, jnp.float32)
   last = cache.v_LxBxKxSxd.shape[3] - N
 
-  def block(w: jax.Array, carry):
-    old_bxKxGx1, sum_bxKxGx1, value_bxKxGxd = carry
+  def block(w: jax.Array, softmax: OnlineSoftmax) -> OnlineSoftmax:
     place = jnp.minimum(w * N, last)
     k_bxKxdxN = lax.dynamic_slice(cache.k_LxBxKxdxS, (layer, first, 0, 0, place), (1, b, K, d, N))[0]
     v_bxKxNxd = lax.dynamic_slice(cache.v_LxBxKxSxd, (layer, first, 0, place, 0), (1, b, K, N, d))[0]
@@ -50,16 +49,12 @@ def _group(q_bxKxGxd, cache: DenseCache, lengths_b, first, layer, N: int) -> jax
     position_N = place + jnp.arange(N)
     own_bxN = (position_N >= w * N) & (position_N < lengths_b[:, None])
     masked_bxKxGxN = jnp.where(own_bxN[:, None, None], scores_bxKxGxN, jnp.finfo(wide).min)
-    max_bxKxGx1 = jnp.maximum(old_bxKxGx1, masked_bxKxGxN.max(axis=-1, keepdims=True))
-    probs_bxKxGxN = jnp.exp(masked_bxKxGxN - max_bxKxGx1)
-    shrink_bxKxGx1 = jnp.exp(old_bxKxGx1 - max_bxKxGx1)
-    more_bxKxGxd = jnp.einsum(
-      "bkgn,bknd->bkgd", probs_bxKxGxN.astype(v_bxKxNxd.dtype), v_bxKxNxd, preferred_element_type=wide
-    )
-    sum_bxKxGx1 = shrink_bxKxGx1 * sum_bxKxGx1 + probs_bxKxGxN.sum(axis=-1, keepdims=True)
-    return max_bxKxGx1, sum_bxKxGx1, shrink_bxKxGx1 * value_bxKxGxd + more_bxKxGxd
 
-  zeros_bxKxGx1 = jnp.zeros((b, K, G, 1), wide)
-  carry = (zeros_bxKxGx1 + jnp.finfo(wide).min, zeros_bxKxGx1, jnp.zeros((b, K, G, d), wide))
-  _, sum_bxKxGx1, value_bxKxGxd = lax.fori_loop(0, -(-jnp.max(lengths_b) // N), block, carry)
-  return value_bxKxGxd / sum_bxKxGx1
+    def weigh(probs_bxKxGxN: jax.Array) -> jax.Array:
+      probs_bxKxGxN = probs_bxKxGxN.astype(v_bxKxNxd.dtype)
+      return jnp.einsum("bkgn,bknd->bkgd", probs_bxKxGxN, v_bxKxNxd, preferred_element_type=wide)
+
+    return softmax.add(masked_bxKxGxN, weigh)
+
+  empty = OnlineSoftmax.empty((b, K, G, d), wide)
+  return lax.fori_loop(0, -(-jnp.max(lengths_b) // N), block, empty).result_Rxd

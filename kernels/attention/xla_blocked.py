@@ -1,8 +1,8 @@
 """Attention over packed rows, block by block, in plain XLA: memory linear in the length of a row.
 
-One row goes after the other.  For a block of queries, its key blocks are visited from the diagonal down to the first one that shares a segment with
-it, and the softmax is kept as a running maximum, sum and weighted value (online softmax).  So a row costs what its
-segments cost, the sum of their squared lengths, and not the square of the row.
+One row goes after the other.  For a block of queries, its key blocks are visited from the diagonal down to the first one
+that shares a segment with it (online.py).  So a row costs what its segments cost, the sum of their squared lengths, and
+not the square of the row.
 
 The diagonal comes first: there every query meets itself, the maximum is a real score from then on, and whatever is
 masked adds exactly nothing.
@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.attention.online import OnlineSoftmax
 from kernels.attention.segments import PADDING, blocks_needed
 
 # Positions of a block.  On a CPU small blocks win: more of them can be skipped, and one's scores stay in the cache
@@ -111,32 +112,21 @@ def _first_keys(ids_nxC: jax.Array) -> jax.Array:
 
 def _forward_row(q_nxKxRxd, k_nxKxdxC, v_nxKxCxd, ids_nxC):
   def visit(i, j, diagonal):
+    """(Scores of block i with block j, how they weigh its values.)"""
     scores_KxRxC = _scores(_block(q_nxKxRxd, i), _block(k_nxKxdxC, j), _block(ids_nxC, i), _block(ids_nxC, j), diagonal)
-    return scores_KxRxC, _block(v_nxKxCxd, j)
+    v_KxCxd = _block(v_nxKxCxd, j)
 
-  def weigh(scores_KxRxC, max_KxRx1, v_KxCxd):
-    probs_KxRxC = jnp.exp(scores_KxRxC - max_KxRx1)
-    value_KxRxd = jnp.einsum(
-      "krc,kcd->krd", probs_KxRxC.astype(v_KxCxd.dtype), v_KxCxd, preferred_element_type=probs_KxRxC.dtype
-    )
-    return probs_KxRxC.sum(axis=-1, keepdims=True), value_KxRxd
+    def weigh(probs_KxRxC):
+      wide = probs_KxRxC.dtype
+      return jnp.einsum("krc,kcd->krd", probs_KxRxC.astype(v_KxCxd.dtype), v_KxCxd, preferred_element_type=wide)
+
+    return scores_KxRxC, weigh
 
   def queries(block):
     i, first = block
-    scores_KxRxC, v_KxCxd = visit(i, i, True)
-    max_KxRx1 = scores_KxRxC.max(axis=-1, keepdims=True)
-    carry = (max_KxRx1, *weigh(scores_KxRxC, max_KxRx1, v_KxCxd))
-
-    def keys(step, carry):
-      old_KxRx1, sum_KxRx1, value_KxRxd = carry
-      scores_KxRxC, v_KxCxd = visit(i, i - 1 - step, False)
-      max_KxRx1 = jnp.maximum(old_KxRx1, scores_KxRxC.max(axis=-1, keepdims=True))
-      more_KxRx1, more_KxRxd = weigh(scores_KxRxC, max_KxRx1, v_KxCxd)
-      shrink_KxRx1 = jnp.exp(old_KxRx1 - max_KxRx1)
-      return max_KxRx1, shrink_KxRx1 * sum_KxRx1 + more_KxRx1, shrink_KxRx1 * value_KxRxd + more_KxRxd
-
-    max_KxRx1, sum_KxRx1, value_KxRxd = lax.fori_loop(0, i - first, keys, carry)
-    return value_KxRxd / sum_KxRx1, (max_KxRx1 + jnp.log(sum_KxRx1))[..., 0]
+    keys = lambda step, softmax: softmax.add(*visit(i, i - 1 - step, False))  # noqa: E731
+    softmax = lax.fori_loop(0, i - first, keys, OnlineSoftmax.of(*visit(i, i, True)))
+    return softmax.result_Rxd, softmax.lse_Rx1[..., 0]
 
   return lax.map(queries, (jnp.arange(len(ids_nxC)), _first_keys(ids_nxC)))
 

@@ -90,6 +90,13 @@ def _place(first: jax.Array, end: jax.Array, size: int, num_rows: int) -> tuple[
   return place, ((row_B >= first) & (row_B < end))[:, None]
 
 
+def _put(out_MxD: jax.Array, rows_BxD: jax.Array, place: jax.Array, own_Bx1: jax.Array | None) -> jax.Array:
+  """A block's rows where they belong; of a ragged block (`own_Bx1`, see `_place`) only its own."""
+  if own_Bx1 is not None:
+    rows_BxD = jnp.where(own_Bx1, rows_BxD, _rows(out_MxD, place, len(rows_BxD)))
+  return lax.dynamic_update_slice_in_dim(out_MxD, rows_BxD, place, 0)
+
+
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
   dtype = jnp.promote_types(a.dtype, jnp.float32)
   dimensions = (((contract[0],), (contract[1],)), ((), ()))
@@ -110,9 +117,7 @@ def forward(lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array) 
     def block(size: int, first: jax.Array, ragged: bool, out_MxN: jax.Array) -> jax.Array:
       place, own_Bx1 = _place(first, start + count, size, num_rows) if ragged else (first, None)
       out_BxN = _dot(_rows(lhs_MxK, place, size), rhs_KxN, (1, 0)).astype(out_MxN.dtype)
-      if ragged:
-        out_BxN = jnp.where(own_Bx1, out_BxN, _rows(out_MxN, place, size))
-      return lax.dynamic_update_slice_in_dim(out_MxN, out_BxN, place, 0)
+      return _put(out_MxN, out_BxN, place, own_Bx1)
 
     return _for_blocks(sizes, start, count, out_MxN, block)
 
@@ -162,9 +167,7 @@ def gated_experts(
       hidden_BxG = _dot(widened(_rows(rows_MxD, place, size)), gate_up_DxG, (1, 0)).astype(out_MxD.dtype)
       gate_BxF, up_BxF = jnp.split(hidden_BxG, 2, axis=-1)
       out_BxD = _dot(widened(jax.nn.silu(gate_BxF) * up_BxF), down_FxD, (1, 0)).astype(out_MxD.dtype)
-      if ragged:
-        out_BxD = jnp.where(own_Bx1, out_BxD, _rows(out_MxD, place, size))
-      return lax.dynamic_update_slice_in_dim(out_MxD, out_BxD, place, 0)
+      return _put(out_MxD, out_BxD, place, own_Bx1)
 
     return _for_blocks(sizes, start, count, out_MxD, block)
 
@@ -194,9 +197,7 @@ def backward(
         lhs_BxK, dout_BxN = jnp.where(own_Bx1, lhs_BxK, 0), jnp.where(own_Bx1, dout_BxN, 0)
       dlhs_BxK = _dot(dout_BxN, rhs_KxN, (1, 1)).astype(dlhs_MxK.dtype)
       sum_KxN = sum_KxN + _dot(lhs_BxK, dout_BxN, (0, 0))
-      if ragged:
-        dlhs_BxK = jnp.where(own_Bx1, dlhs_BxK, _rows(dlhs_MxK, place, size))
-      return lax.dynamic_update_slice_in_dim(dlhs_MxK, dlhs_BxK, place, 0), sum_KxN
+      return _put(dlhs_MxK, dlhs_BxK, place, own_Bx1), sum_KxN
 
     zero_KxN = jnp.zeros(rhs_KxN.shape, sum_dtype)
     dlhs_MxK, sum_KxN = _for_blocks(sizes, start, count, (dlhs_MxK, zero_KxN), block)
