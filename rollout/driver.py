@@ -21,6 +21,7 @@ from rollout import events as history
 from rollout.control import Abort, AbortGroup, Control, Update
 from rollout.events import EventLog
 from rollout.iteration import IterationResult
+from rollout.jobs import Crowding
 from rollout.scheduler import C3POScheduler
 from rollout.worker import Drawn, Job, Worker
 
@@ -56,8 +57,7 @@ class RolloutDriver:
     self._worker, self._scheduler, self._max_tokens = worker, scheduler, max_tokens
     self._control = control or Control()
     self._tell = log.write if log else lambda event: None
-    self._slots: frozenset[int] = frozenset()  # as the scheduler knows them
-    self._crowded = False  # the worker handed a job back, and nothing has ended since
+    self._crowding = Crowding()
 
   def iterate(
     self,
@@ -76,14 +76,13 @@ class RolloutDriver:
       on_ready: called after each dispatch with all that can be trained on so far, in the order of its coming.
     """
     scheduler, clock = self._scheduler, Clock()
-    self._crowded = False
-    self._slots = frozenset(self._worker.slots)
-    scheduler.set_slots(self._slots)
+    self._crowding = Crowding()
+    scheduler.set_slots(self._worker.slots)
     purged = scheduler.begin_iteration()
     running = scheduler.running()  # nothing, unless keys and values are kept
     self._tell(
       history.Begin(
-        scheduler.iteration, version, sorted(self._slots), _slots_of(running.items()), [one.uid for one in purged]
+        scheduler.iteration, version, sorted(scheduler.slots), _slots_of(running.items()), [one.uid for one in purged]
       )
     )
     self._worker.begin(params, version, [self._job(*entry) for entry in running.items()])
@@ -125,7 +124,7 @@ class RolloutDriver:
         case Abort() | AbortGroup():
           released += self._abort(wish)
     self._worker.release(released)
-    self._crowded &= not released
+    self._crowding.after(False, bool(released))
 
   def _abort(self, wish: Abort | AbortGroup) -> list[int]:
     """Returns the slots that fell free."""
@@ -148,7 +147,7 @@ class RolloutDriver:
         self._scheduler.close()
 
   def _place(self) -> list[tuple[int, Rollout]]:
-    if self._crowded and self._scheduler.running():
+    if self._crowding.holds and self._scheduler.running():
       return []
     placed = self._scheduler.place()
     self._tell(history.Place(_slots_of(placed)))
@@ -172,17 +171,16 @@ class RolloutDriver:
         scheduler.evict(running[slot].uid)
       self._tell(history.Evict([[slot, running[slot].uid] for slot in events.evicted]))
     ended = any(drawn.reason is not None for drawn in events.drawn)
-    self._crowded = (self._crowded or bool(events.evicted)) and not ended
+    self._crowding.after(bool(events.evicted), ended)
     self._see_slots()
     clock.prefill += events.prefill_seconds
     clock.decode += events.decode_seconds
 
   def _see_slots(self) -> None:
-    slots = frozenset(self._worker.slots)
-    if slots != self._slots:
-      self._slots = slots
-      self._scheduler.set_slots(slots)
-      self._tell(history.Slots(sorted(slots)))
+    before = self._scheduler.slots
+    self._scheduler.set_slots(self._worker.slots)
+    if self._scheduler.slots != before:
+      self._tell(history.Slots(sorted(self._scheduler.slots)))
 
   def _job(self, slot: int, rollout: Rollout) -> Job:
     tokens = rollout.prompt + rollout.tokens

@@ -1,4 +1,4 @@
-"""What a worker is given to decode, and how far that is."""
+"""What a worker is given to decode, how far that is, and whether it can take more."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,6 +16,17 @@ class Job:
   tokens: Sequence[int]  # the prompt, and what has been drawn before
   max_tokens: int  # it may still draw, at least 1
   sampling: Sampling | None = None  # None: as the engine's config says
+
+
+@dataclasses.dataclass
+class Crowding:
+  """Whether a worker handed jobs back and nothing has ended since: more of them would only come back as well."""
+
+  holds: bool = False
+
+  def after(self, handed_back: bool, ended: bool) -> None:
+    """A dispatch, or whatever else lets slots fall free."""
+    self.holds = (self.holds or handed_back) and not ended
 
 
 @dataclasses.dataclass

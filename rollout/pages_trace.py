@@ -16,12 +16,12 @@ import collections
 import dataclasses
 import json
 
-import numpy as np
 from absl import app, flags
 
 from ring_jax.records import FinishReason
-from rollout.jobs import Job, Running
+from rollout.jobs import Crowding, Job, Running
 from rollout.paged import PagedSlots
+from rollout.simulator.lengths import Generator, Shape, Trace
 
 _SLOTS = flags.DEFINE_integer("slots", 64, "Slots of one device.")
 _PAGES = flags.DEFINE_integer("pages", 0, "Pages; 0: as many as all slots need at full length.")
@@ -50,30 +50,26 @@ class Found:
   hit_rate: float
 
 
-def lengths(prompts: int, group: int, mean: float, sigma: float, most: int, seed: int = 0) -> np.ndarray:
-  """int [prompts * group]."""
-  drawn = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, prompts * group)
-  return np.clip(drawn, 1, most).astype(int)
-
-
-def play(answer_lengths: np.ndarray, *, slots: int, pages: int, page_size: int, length: int, prompt: int, group: int,
-         steps: int) -> Found:  # fmt: skip
-  """Serves all answers, in order."""
+def play(trace: Trace, *, slots: int, pages: int, page_size: int, length: int, steps: int) -> Found:
+  """Serves all answers, in order; none of them, with its prompt, may be longer than `length`."""
   width = -(-length // page_size)
   paged = PagedSlots(slots=slots, parts=1, pages=pages or slots * width, page_size=page_size, width=width, steps=steps)
   paged.renew(0, ())
   running: dict[int, Running] = {}
   free = list(reversed(range(slots)))
   # Tokens that no other sequence has: prompts below zero, answers named by who draws them.
-  waiting = collections.deque((uid, [-1 - uid // group] * prompt, int(n)) for uid, n in enumerate(answer_lengths))
+  waiting = collections.deque(
+    (uid, [-1 - uid // trace.group_size] * prompt, answer)
+    for uid, (prompt, answer) in enumerate(zip(trace.prompts, trace.lengths, strict=True))
+  )
   dispatches = busy = taken = 0
-  average, crowded = 0.0, False
+  average, crowding = 0.0, Crowding()
   while waiting or running:
     evicted = paged.reserve(running)
     back = [running.pop(slot) for slot in evicted]
     taken += sum(one.length for one in back)
     new = []
-    while free and waiting and not crowded:
+    while free and waiting and not (crowding.holds and running):
       uid, tokens, rest = waiting.popleft()
       new.append(Running(Job(free.pop(), uid, tokens, rest), rest, FinishReason.LENGTH, 0))
     placed, refused = paged.admit(new, running)
@@ -93,10 +89,10 @@ def play(answer_lengths: np.ndarray, *, slots: int, pages: int, page_size: int, 
     for slot in ended:
       paged.leave(running.pop(slot))
       free.append(slot)
-    crowded = (crowded or bool(back)) and not ended and bool(running)
+    crowding.after(bool(back), bool(ended))
     if waiting:
       average = busy / dispatches
-  use, drawn = paged.use(), int(answer_lengths.sum())
+  use, drawn = paged.use(), sum(trace.lengths)
   return Found(
     slots, use.pages, use.peak, slots * width, average, dispatches * steps,
     drawn / (dispatches * steps), use.evicted, taken, use.hit_rate,
@@ -105,10 +101,13 @@ def play(answer_lengths: np.ndarray, *, slots: int, pages: int, page_size: int, 
 
 def main(argv: list[str]) -> None:
   del argv
-  answers = lengths(_PROMPTS.value, _GROUP.value, _MEAN.value, _SIGMA.value, _LENGTH.value - _PROMPT.value)
+  answers = Generator(
+    Shape.LOGNORMAL, mean=_MEAN.value, sigma=_SIGMA.value, cap=_LENGTH.value - _PROMPT.value,
+    prompt_tokens=_PROMPT.value,
+  )  # fmt: skip
   found = play(
-    answers, slots=_SLOTS.value, pages=_PAGES.value, page_size=_PAGE_SIZE.value, length=_LENGTH.value,
-    prompt=_PROMPT.value, group=_GROUP.value, steps=_STEPS.value,
+    answers.draw(_PROMPTS.value, _GROUP.value), slots=_SLOTS.value, pages=_PAGES.value, page_size=_PAGE_SIZE.value,
+    length=_LENGTH.value, steps=_STEPS.value,
   )  # fmt: skip
   if _JSON.value:
     print(json.dumps(dataclasses.asdict(found)))

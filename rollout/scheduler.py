@@ -128,6 +128,11 @@ class C3POScheduler:
     """The rollouts in slots, by slot, in the order of slots."""
     return {slot: self._pool[uid] for slot, uid in sorted((slot, uid) for uid, slot in self._slot_of.items())}
 
+  @property
+  def slots(self) -> frozenset[int]:
+    """Those that there are."""
+    return self._slots
+
   def unfinished(self) -> list[Rollout]:
     """P_infer, by uid of admission."""
     return list(self._pool.values())

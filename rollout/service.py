@@ -19,6 +19,7 @@ from typing import Any
 
 from ring_jax.records import FinishReason
 from rollout.engine import RingEngine, Sampling
+from rollout.jobs import Crowding
 from rollout.paged import CacheUse
 from rollout.worker import Drawn, EngineWorker, Job
 
@@ -104,7 +105,7 @@ class EngineService:
     self._free = sorted(worker.slots)  # a heap
     self._aborted: list[int] = []
     self._updates: list[tuple[Any, int, threading.Event]] = []
-    self._crowded = False  # the worker handed a request back, and nothing has ended since
+    self._crowding = Crowding()
     self._paused = self._draining = self._closed = False
     self._error = ""
     self._counts: collections.Counter[str] = collections.Counter()
@@ -257,7 +258,7 @@ class EngineService:
     """Requests into free slots, in the order of their coming."""
     with self._changed:
       jobs = []
-      while self._free and self._waiting and not (self._crowded and self._worker.running):
+      while self._free and self._waiting and not (self._crowding.holds and self._worker.running):
         number = self._waiting.popleft()
         ticket = self._tickets.get(number)
         if ticket is not None:  # else it was aborted while it waited
@@ -276,7 +277,7 @@ class EngineService:
     for drawn in events.drawn:
       self._deliver(drawn)
     ended = any(drawn.reason is not None for drawn in events.drawn)
-    self._crowded = (self._crowded or bool(events.evicted)) and not ended
+    self._crowding.after(bool(events.evicted), ended)
     with self._changed:
       for slot in sorted(events.evicted, key=self._in_slot.get, reverse=True):
         self._waiting.appendleft(self._vacate(slot))
@@ -300,7 +301,7 @@ class EngineService:
       numbers = [number for number in dict.fromkeys(numbers) if number in self._tickets]
       slots = [slot for slot, number in self._in_slot.items() if number in numbers]
     self._worker.release(slots)  # first: who still has a ticket hears of an engine that fails
-    self._crowded &= not slots
+    self._crowding.after(False, bool(slots))
     with self._changed:
       for slot in slots:
         self._vacate(slot)

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from rollout import pages_trace
 from rollout.pages import Pages
+from rollout.simulator.lengths import Generator, Shape
 
 COUNT, SIZE, SLOTS = 12, 4, 5
 # Few tokens, so that sequences begin alike.
@@ -187,14 +188,14 @@ def test_another_version_shares_nothing():
 
 
 def test_a_long_tail_takes_few_pages_and_all_is_served_with_fewer():
-  answers = pages_trace.lengths(prompts=20, group=4, mean=40, sigma=1.2, most=230)
+  answers = Generator(Shape.LOGNORMAL, mean=40, sigma=1.2, cap=230, prompt_tokens=20).draw(20, 4)
   play = lambda **changes: pages_trace.play(  # noqa: E731
-    answers, **{"slots": 16, "pages": 0, "page_size": 8, "length": 256, "prompt": 20, "group": 4, "steps": 4} | changes
+    answers, **{"slots": 16, "pages": 0, "page_size": 8, "length": 256, "steps": 4} | changes
   )
   full = play()
   assert full.evictions == 0 and full.busy == 16 and full.peak < full.pages / 2 and full.pages == 16 * 32
   tight = play(pages=full.peak // 2)
   assert tight.evictions > 0 and tight.peak == tight.pages and tight.steps > full.steps
-  assert tight.tokens_per_step * tight.steps == pytest.approx(answers.sum())
-  assert tight.evictions < len(answers), "no thrashing"
+  assert tight.tokens_per_step * tight.steps == pytest.approx(sum(answers.lengths))
+  assert tight.evictions < len(answers.lengths), "no thrashing"
   assert play(slots=32, pages=full.peak * 2).steps < full.steps
