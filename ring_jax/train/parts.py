@@ -94,9 +94,8 @@ class Parts:
       held_out_pairs = pairs.held_out(config.reward_model.probe_pairs)
       reward = RewardModelPhase(config, roles.reward, streams["reward"])
     mesh = roles.meshes[Role.ACTOR]
-    local = isinstance(
-      worker, EngineWorker
-    )  # else every piece of the weights has a checksum, and settings are compared
+    # A remote engine has no probe: every piece of its weights has a checksum, and settings are compared.
+    local = isinstance(worker, EngineWorker)
     probe = EngineProbe(config.model, mesh, engine) if local and mesh is not None else None
     phases = {
       name: Orchestrator(config, name, roles, turns, engine, worker, driver, score, problems, probe, span)

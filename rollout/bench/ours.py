@@ -12,7 +12,10 @@ import numpy as np
 
 from configs.schema import ModelConfig, RolloutConfig, RolloutDtype
 from ring_jax.model import Params
-from rollout.engine import Insertion, RingEngine
+from ring_jax.records import FinishReason
+from rollout import filling
+from rollout.engine import RingEngine
+from rollout.jobs import Job, Running
 
 PREFILL_TOKENS = 2048  # of one dispatch, where there are as many prompts
 
@@ -52,12 +55,10 @@ class Ours:
   def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, np.ndarray, np.ndarray]:
     """(seconds until the host has all of it, tokens [N, B], log-probs [N, B])."""
     started = self._clock()
-    size = self._config.prefill_batch
-    for first in range(0, len(prompts), size):
-      chunk = prompts[first : first + size]
-      prefix = self._engine.prefill_batch(self._stored, chunk)
-      insertions = [Insertion(row, first + row, first + row, tokens) for row in range(len(chunk))]
-      self._state = self._engine.insert_batch(prefix, self._state, insertions)
+    jobs = [
+      Running(Job(slot, slot, prompt, tokens), tokens, FinishReason.LENGTH, 0) for slot, prompt in enumerate(prompts)
+    ]
+    self._state = filling.insert(self._engine, self._stored, self._state, jobs)
     drawn: list[Any] = []
     for first in range(0, tokens, self._config.steps_per_dispatch):
       steps = min(self._config.steps_per_dispatch, tokens - first)

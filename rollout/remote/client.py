@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 
@@ -20,7 +20,7 @@ from ring_jax.records import FinishReason
 from rollout.remote import wire
 from rollout.remote import worker_pb2 as pb
 from rollout.remote.stream import HostWeights, parts
-from rollout.worker import Drawn, Job
+from rollout.worker import Drawn, Events, Job
 
 _REASONS = {
   pb.RUNNING: None, pb.STOP: FinishReason.STOP, pb.LENGTH: FinishReason.LENGTH, pb.CACHE: FinishReason.CACHE,
@@ -30,13 +30,6 @@ _LOGP_ROUNDING = 1e-4  # a log-prob may come out above 0 by so much
 
 class WorkerLost(Exception):
   """The worker is of no more use; one line says why."""
-
-
-class Heard(NamedTuple):
-  """What one message of a worker comes to."""
-
-  drawn: list[Drawn]
-  evicted: list[int]  # slots whose job was refused
 
 
 @dataclasses.dataclass
@@ -209,9 +202,13 @@ class RemoteWorker:
     self.last_heard = time.monotonic()
     self._outbox.put(pb.ToWorker(resume=pb.Empty()))
 
-  def take(self, message: pb.FromWorker) -> Heard:
-    """Raises WorkerLost: it answers nonsense."""
-    heard = Heard([], [])
+  def take(self, message: pb.FromWorker) -> Events:
+    """What one message comes to; a job that was refused gives its slot back.
+
+    Raises:
+      WorkerLost: it answers nonsense.
+    """
+    events = Events()
     for progress in message.progress:
       if progress.id >= self._next_id:
         raise WorkerLost(f"answers job {progress.id}, which was never sent")
@@ -219,16 +216,16 @@ class RemoteWorker:
       if sent is None:
         continue  # given up here, before the worker knew
       if progress.state == pb.REFUSED:
-        heard.evicted.append(sent.job.slot)
+        events.evicted.append(sent.job.slot)
       else:
         self._check(progress, sent)
         reason = _REASONS[progress.state]
-        heard.drawn.append(
+        events.drawn.append(
           Drawn(sent.job.slot, sent.job.uid, list(progress.tokens), list(progress.logps), progress.version, reason)
         )
       if progress.state != pb.RUNNING:
         del self._sent[progress.id], self._id_of[sent.job.slot]
-    return heard
+    return events
 
   def _check(self, progress: pb.Progress, sent: _Sent) -> None:
     job, tokens, where = sent.job, progress.tokens, f"job {progress.id}"

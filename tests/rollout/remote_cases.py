@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import time
 
+import jax
 import numpy as np
 
 from configs.ring_tiny import get_config
 from configs.schema import Unit
+from ring_jax import model as ring_model
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.remote.pool import Patience, WorkerPool
@@ -47,6 +49,11 @@ def pool_of(*ports, engine=ENGINE, token=TOKEN, **options):
     yield pool
   finally:
     pool.close()
+
+
+def packed_versions():
+  """Two sets of weights, as the engine stores them, in host memory."""
+  return [jax.device_get(ENGINE.load_params(ring_model.init_params(MODEL, seed))) for seed in range(2)]
 
 
 def wait_until(condition, seconds=120):

@@ -31,6 +31,7 @@ from tests.rollout.remote_cases import (
   MASK,
   MODEL,
   TOKEN,
+  packed_versions,
   pool_of,
   started,
   wait_until,
@@ -39,7 +40,7 @@ from tests.rollout.remote_cases import (
 
 @pytest.fixture(scope="module")
 def versions():
-  return [jax.device_get(ENGINE.load_params(ring_model.init_params(MODEL, seed))) for seed in range(2)]
+  return packed_versions()
 
 
 @pytest.fixture

@@ -8,11 +8,9 @@ import threading
 from concurrent import futures
 
 import grpc
-import jax
 import pytest
 
 from configs.schema import KVPolicy
-from ring_jax import model as ring_model
 from ring_jax.records import FinishReason
 from rollout.engine import RingEngine
 from rollout.remote import wire
@@ -22,7 +20,7 @@ from rollout.remote.pool import WorkerPool
 from rollout.remote.server import add_rl_service, serve
 from rollout.remote.shared import SharedPool
 from rollout.service import EngineService, Request
-from rollout.worker import EngineWorker, Job
+from rollout.worker import EngineWorker, Events, Job
 from sharding import processes
 from tests.rollout.remote_cases import (
   CONFIG,
@@ -33,6 +31,7 @@ from tests.rollout.remote_cases import (
   MODEL,
   TOKEN,
   answers,
+  packed_versions,
   pool_of,
   same,
   started,
@@ -42,7 +41,7 @@ from tests.rollout.remote_cases import (
 
 @pytest.fixture(scope="module")
 def versions():
-  return [jax.device_get(ENGINE.load_params(ring_model.init_params(MODEL, seed))) for seed in range(2)]
+  return packed_versions()
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_answers_are_taken_up_to_their_end_and_not_beyond():
     with pytest.raises(WorkerLost, match="version 2, from 3 to 3"):
       say(0, version=2)
     worker.abort([9])
-    assert say(0) == ([], []) and not worker.running  # given up before the worker knew
+    assert say(0) == Events() and not worker.running  # given up before the worker knew
     worker.submit([Job(9, 4, [11], 5)])
     assert say(2, uid=4, state=pb.REFUSED, tokens=[], logps=[]).evicted == [9] and not worker.running
   finally:
