@@ -88,6 +88,20 @@ def refused(code, call, text=""):
   assert found.value.code() is code, found.value
 
 
+def when_free(port):
+  """A client of the worker's next session: the last one ends a moment after its rollouts have."""
+  deadline = time.monotonic() + 30
+  while True:
+    client = Client(port)
+    try:
+      return client.open()
+    except grpc.RpcError as error:
+      client.close()
+      if error.code() is not CODE.RESOURCE_EXHAUSTED or time.monotonic() > deadline:
+        raise
+      time.sleep(0.05)
+
+
 CODE = grpc.StatusCode
 
 
@@ -120,13 +134,10 @@ def test_one_session_at_a_time_and_its_end_frees_everything(worker, versions):
     first.close()
     wait_until(lambda: service.stats().running == service.stats().waiting == 0)
     assert service.stats().aborted == 6 and not service.stats().paused
-  with client_of(port) as third:
-    third.open()
+  with contextlib.closing(when_free(port)) as third:
     third.say(jobs=pb.Jobs(jobs=[pb.Job(id=0, uid=0, tokens=[11], max_tokens=3)]))
     refused(CODE.FAILED_PRECONDITION, lambda: next(third.answers), "no weights yet")
-  with client_of(port) as fourth:  # an earlier trainer's version does not bind this one
-    wait_until(lambda: not service.stats().running)
-    fourth.open()
+  with contextlib.closing(when_free(port)) as fourth:  # an earlier trainer's version does not bind this one
     fourth.call(wire.UPDATE, parts(HostWeights.of(versions[0], 0), fourth.session, 1 << 20))
     assert service.version == 0
 
