@@ -16,6 +16,17 @@ class RolloutDtype(Enum):
   INT4 = "int4"
 
 
+class RolloutSchedule(Enum):
+  """What makes an iteration: the token budget of C3PO++, or a batch of prompts, as it is compared with."""
+
+  C3PO = "c3po"  # prompts come while the pool has room; the budget ends it; what is unfinished goes on in the next one
+  SYNCHRONOUS = "synchronous"  # `batch_groups` prompts, each until its longest answer has ended
+  OVERSAMPLE_RESUME = (
+    "oversample_resume"  # `launch_groups` prompts; it ends with the first `batch_groups`; the rest goes on
+  )
+  OVERSAMPLE_DISCARD = "oversample_discard"  # the same; the rest is lost, with what of it had ended
+
+
 class KVPolicy(Enum):
   """What happens to the keys and values of an unfinished rollout when new weights arrive."""
 
@@ -59,6 +70,9 @@ class RolloutConfig:
   pool: int = 0  # Omega_infer, rollouts in flight (in slots and waiting); 0: as many as slots, and at least one group
   retention: int = 2  # sigma: how many iterations a rollout may survive unfinished
   group_size: int = 8  # G
+  schedule: RolloutSchedule = RolloutSchedule.C3PO
+  batch_groups: int = 0  # prompts of an iteration, of the schedules that are batches; these do not look at the budget
+  launch_groups: int = 0  # prompts under way at once, of those that over-sample
   unit: Unit = Unit.GROUP
   budget_counts: BudgetCounts = BudgetCounts.COMPLETED
   retention_counts: RetentionCounts = RetentionCounts.ITERATIONS
@@ -85,11 +99,12 @@ class RolloutConfig:
   def __post_init__(self):
     for name, kind in (
       ("unit", Unit), ("budget_counts", BudgetCounts), ("retention_counts", RetentionCounts), ("on_purge", OnPurge),
-      ("kv_policy", KVPolicy), ("dtype", RolloutDtype),
+      ("kv_policy", KVPolicy), ("dtype", RolloutDtype), ("schedule", RolloutSchedule),
     ):  # fmt: skip
       coerce_enum(self, name, kind, "rollout")
+    self._check_schedule()
     if self.pool == 0:
-      object.__setattr__(self, "pool", max(self.slots, self.group_size))
+      object.__setattr__(self, "pool", max(self.slots, self.group_size, self.launched * self.group_size))
     for name in (
       "token_budget", "slots", "group_size", "max_prompt_tokens", "max_tokens", "steps_per_dispatch", "prefill_batch",
     ):  # fmt: skip
@@ -99,6 +114,10 @@ class RolloutConfig:
     require(
       self.pool >= self.group_size,
       f"rollout.pool={self.pool}: a group of {self.group_size} rollouts would never fit (rollout.group_size)",
+    )
+    require(
+      self.pool >= self.launched * self.group_size,
+      f"rollout.pool={self.pool}: {self.launched} prompts at once are {self.launched * self.group_size} rollouts",
     )
     require(
       self.page_size >= 0 and self.page_size & (self.page_size - 1) == 0,
@@ -115,6 +134,32 @@ class RolloutConfig:
       not (self.router_replay and self.is_remote),
       "rollout.router_replay=true: remote workers do not send the experts of their tokens (rollout.workers)",
     )
+
+  def _check_schedule(self) -> None:
+    name, batch, launch = self.schedule, self.batch_groups, self.launch_groups
+    if name is RolloutSchedule.C3PO:
+      require(
+        batch == launch == 0,
+        f"rollout.batch_groups={batch}, launch_groups={launch}: rollout.schedule=c3po has a budget and no batches",
+      )
+      return
+    require(batch > 0, f"rollout.batch_groups={batch}: rollout.schedule={name} needs at least 1")
+    if name is RolloutSchedule.SYNCHRONOUS:
+      require(
+        launch == 0, f"rollout.launch_groups={launch}: rollout.schedule=synchronous launches rollout.batch_groups"
+      )
+    else:
+      require(
+        launch >= batch, f"rollout.launch_groups={launch}: rollout.schedule={name} needs at least batch_groups={batch}"
+      )
+    require(
+      self.unit is Unit.GROUP, f"rollout.schedule={name}: a batch is of whole groups, not rollout.unit={self.unit}"
+    )
+
+  @property
+  def launched(self) -> int:
+    """Prompts that a batch's iteration has under way; 0: there are no batches."""
+    return self.launch_groups or self.batch_groups
 
   @property
   def is_remote(self) -> bool:

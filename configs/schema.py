@@ -32,7 +32,16 @@ from configs.objective import (
 from configs.optimizer import Memory, OptimizerConfig, Schedule
 from configs.parallel import ExpertParallel, MeshConfig, ParallelConfig, ShardingRules
 from configs.placement import PlacementConfig, Role, Strategy, Switching
-from configs.rollout import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, RolloutDtype, Unit
+from configs.rollout import (
+  BudgetCounts,
+  KVPolicy,
+  OnPurge,
+  RetentionCounts,
+  RolloutConfig,
+  RolloutDtype,
+  RolloutSchedule,
+  Unit,
+)
 from configs.task import AnswerFormat, ChatTemplate, TaskConfig, TaskSource, TokenizerConfig
 
 __all__ = [
@@ -71,6 +80,7 @@ __all__ = [
   "Role",
   "RolloutConfig",
   "RolloutDtype",
+  "RolloutSchedule",
   "RunConfig",
   "SFTConfig",
   "Schedule",

@@ -29,7 +29,7 @@ class Counts:
   dropped: int = 0  # rollouts purged and forgotten
   requeued: int = 0  # rollouts purged and started again
   cut: int = 0  # rollouts purged and trained on as they are
-  aborted: int = 0  # rollouts taken away by the caller, or with their second slot
+  aborted: int = 0  # rollouts taken away by the caller, or with their second slot, or late for their batch
   evicted: int = 0  # times that a slot gave its rollout back for want of cache
   redispatched: int = 0  # rollouts whose slot was lost, and that went on in another
   max_staleness: int = 0  # versions between the sampling of a trained token and its training

@@ -11,18 +11,19 @@ its prefills, partial answers again after every iteration included, and the host
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from configs.schema import ModelConfig, RolloutConfig
+from configs.schema import ModelConfig, RolloutConfig, RolloutSchedule
 from ring_jax.model import init_params
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.events import EventLog
 from rollout.scheduler import C3POScheduler
 from rollout.simulator.lengths import Trace
+from rollout.simulator.simulation import in_batches
 from rollout.worker import EngineWorker, Events, Job
 
 
@@ -78,26 +79,18 @@ class Measurement:
 
   def c3po(self, log: EventLog | None = None) -> Phases:
     phases = Phases("c3po")
-    self._run(phases, self._config, 0, self._trace.groups, log)
+    self._run(phases, self._config, log)
     return phases
 
   def synchronous(self) -> Phases:
-    phases, size = Phases("synchronous"), self._trace.group_size
-    for first in range(0, self._trace.groups, self._groups):
-      count = min(self._groups, self._trace.groups - first)
-      # The whole batch is let in, and no budget ends the iteration before the last answer.
-      config = dataclasses.replace(
-        self._config, pool=max(self._config.slots, count * size), token_budget=sum(self._trace.lengths) + 1
-      )
-      self._run(phases, config, first, count, None)
+    phases = Phases("synchronous")
+    self._run(phases, in_batches(self._config, RolloutSchedule.SYNCHRONOUS, self._groups), None)
     return phases
 
-  def _run(self, phases: Phases, config: RolloutConfig, first: int, count: int, log: EventLog | None) -> None:
-    """One scheduler, until these groups have ended."""
-    size, trace = self._trace.group_size, self._trace
-    uids = slice(first * size, (first + count) * size)
-    self._worker.answers, self._worker.prompts = trace.lengths[uids], trace.prompts[uids]
-    source = self._source(first, count)
+  def _run(self, phases: Phases, config: RolloutConfig, log: EventLog | None) -> None:
+    """One scheduler, to the end of the trace."""
+    self._worker.answers, self._worker.prompts = self._trace.lengths, self._trace.prompts
+    source = iter(enumerate(self._prompts))
     scheduler = C3POScheduler(config)
     driver = RolloutDriver(self._worker, scheduler, config.max_tokens, log=log)
 
@@ -116,9 +109,6 @@ class Measurement:
       phases.tokens_trained += result.counts.trained
       phases.tokens_wasted += result.counts.wasted
       phases.max_staleness = max(phases.max_staleness, result.counts.max_staleness)
-
-  def _source(self, first: int, count: int) -> Iterator[tuple[int, list[int]]]:
-    return ((group, self._prompts[group]) for group in range(first, first + count))
 
 
 def compare(measurement: Measurement, repeats: int, log: EventLog | None = None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ring_jax.records import FinishReason
 from rollout import events
 from rollout.events import Entry
 from rollout.scheduler import C3POScheduler, SchedulerError
-from rollout.simulator.c3po import CountedRollout
+from rollout.simulator.simulation import CountedRollout
 
 FLAGS = flags.FLAGS
 _SHOWN = 160  # characters of a decision

@@ -11,6 +11,9 @@
       theta <- Update(theta, Q_train);  Q_train <- {}             end_iteration returns Q_train
       retention(o) <- retention(o) + 1 for what is left in P_infer
 
+The schedules that it is compared with are other rules for the same states (`configs.schema.RolloutSchedule`): a batch is let
+in at once, the iteration ends with so many complete groups, and what is unfinished then goes on or is lost.
+
 What the algorithm leaves open is settled by the enums of `configs.schema.RolloutConfig`; docs/scheduler.md gives the
 reasons.  A prompt always enters as a group of G rollouts, since advantages are relative to siblings.
 
@@ -24,7 +27,7 @@ import heapq
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
+from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, RolloutSchedule, Unit
 from ring_jax.records import FinishReason, Rollout
 from rollout.iteration import Counts, IterationResult, dump
 
@@ -61,6 +64,8 @@ class C3POScheduler:
     self._next_uid = 0
     self._next_group = 0
     self._counted = 0  # C
+    self._to_launch = 0  # prompts that a batch still lets in, in this iteration
+    self._ready_groups = 0  # groups in Q_train
     self._pool: dict[int, Rollout] = {}  # P_infer, in the order of uids
     self._waiting: collections.deque[int] = collections.deque()  # uids without a slot, oldest first; some may have left
     self._slot_of: dict[int, int] = {}
@@ -117,12 +122,18 @@ class C3POScheduler:
     """Whether the budget is spent and there is something to train on, or nothing is left to do."""
     if self._closed and not self._pool:
       return True
+    if self._in_batches:
+      nothing_left = not self._pool and not self._to_launch  # where others aborted it
+      return self._ready_groups >= self._config.batch_groups or nothing_left
     return self._counted >= self._config.token_budget and bool(self._ready)
 
   @property
   def wanted_groups(self) -> int:
     """How many prompts fit: whole groups only, so that the pool never exceeds its capacity."""
-    return 0 if self._closed else (self._config.pool - len(self._pool)) // self._config.group_size
+    if self._closed:
+      return 0
+    room = (self._config.pool - len(self._pool)) // self._config.group_size
+    return min(room, self._to_launch) if self._in_batches else room
 
   def running(self) -> dict[int, Rollout]:
     """The rollouts in slots, by slot, in the order of slots."""
@@ -149,10 +160,11 @@ class C3POScheduler:
     if self._inside:
       raise SchedulerError(f"begin_iteration: iteration {self._iteration} has not ended")
     self._inside = True
-    self._counted = 0
+    self._counted = self._ready_groups = 0
     expired = [rollout for rollout in self._pool.values() if rollout.retention > self._config.retention]
     self._purged = [self._purge(rollout) for rollout in expired]
     self._rebuild_waiting()
+    self._to_launch = max(0, self._config.launched - len(self._groups)) if self._in_batches else 0
     return list(self._purged)
 
   def admit(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> list[Rollout]:
@@ -179,6 +191,8 @@ class C3POScheduler:
         self._waiting.append(rollout.uid)  # the youngest of all: the queue stays in order
         admitted.append(rollout)
         self._next_uid += 1
+    if self._in_batches:
+      self._to_launch -= len(prompts)
     return admitted
 
   def close(self) -> None:
@@ -273,6 +287,8 @@ class C3POScheduler:
     self._require_inside("end_iteration")
     rollouts = sorted(self._ready, key=lambda rollout: rollout.uid)
     self._count_trained(rollouts, version)
+    if self._config.schedule is RolloutSchedule.OVERSAMPLE_DISCARD:
+      self._discard_unfinished()
     every = self._config.retention_counts is RetentionCounts.ITERATIONS
     for rollout in self._pool.values():
       if every or rollout.length:
@@ -312,6 +328,7 @@ class C3POScheduler:
       "next_uid": self._next_uid,
       "next_group": self._next_group,
       "counted": self._counted,
+      "to_launch": self._to_launch,
       "pool": dump(self._pool.values()),
       "slots": sorted([slot, uid] for uid, slot in self._slot_of.items()),
       "groups": [
@@ -331,7 +348,7 @@ class C3POScheduler:
         raise SchedulerError(f"load_state_dict: saved with rollout.{name}={state['shape'][name]}, not {value}")
     self._iteration, self._inside, self._closed = state["iteration"], state["inside"], state["closed"]
     self._next_uid, self._next_group = state["next_uid"], state["next_group"]
-    self._counted = state["counted"]
+    self._counted, self._to_launch = state["counted"], state["to_launch"]
     self._pool = {rollout.uid: rollout for rollout in self._load(state["pool"])}
     self._slot_of = {uid: slot for slot, uid in state["slots"]}
     self._slots |= set(self._slot_of.values())  # until `set_slots` says that they are gone
@@ -340,6 +357,7 @@ class C3POScheduler:
       entry["group"]: _Group(entry["unfinished"], self._load(entry["finished"])) for entry in state["groups"]
     }
     self._ready, self._purged = self._load(state["ready"]), self._load(state["purged"])
+    self._ready_groups = len({rollout.group for rollout in self._ready})
     self._counts, self._totals = Counts.from_dict(state["counts"]), Counts.from_dict(state["totals"])
     self._rebuild_waiting()
 
@@ -359,6 +377,21 @@ class C3POScheduler:
 
   # -------------------------------------------------------------------------------------------------------------------
   # The rules
+
+  @property
+  def _in_batches(self) -> bool:
+    return self._config.schedule is not RolloutSchedule.C3PO
+
+  def _discard_unfinished(self) -> None:
+    """What is late for its batch is lost, and its finished siblings with it."""
+    late = list(self._pool.values())
+    for rollout in late:
+      self._leave_pool(rollout, FinishReason.ABORTED)
+    late += [rollout for group in self._groups.values() for rollout in group.finished]
+    self._groups.clear()
+    for rollout in late:
+      self._counts.aborted += 1
+      self._waste(rollout)
 
   def _purge(self, rollout: Rollout) -> Rollout:
     """Applies `on_purge`; returns the rollout as it was."""
@@ -414,6 +447,7 @@ class C3POScheduler:
     group.finished.extend(finished)
     if group.unfinished == 0:
       self._ready.extend(group.finished)
+      self._ready_groups += bool(group.finished)
       del self._groups[uid]
 
   def _waste(self, rollout: Rollout) -> None:

@@ -21,16 +21,24 @@ from typing import Any
 from absl import flags
 
 from configs import ring_tiny
-from configs.schema import BudgetCounts, ConfigError, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
+from configs.schema import (
+  BudgetCounts,
+  ConfigError,
+  KVPolicy,
+  OnPurge,
+  RetentionCounts,
+  RolloutConfig,
+  RolloutSchedule,
+  Unit,
+)
 from ring_jax.launch import app
 from ring_jax.train.workdir import write_atomic
 from rollout.events import EventLog
 from rollout.simulator import calibration, report
-from rollout.simulator.batches import OnAbort, oversampled, synchronous
-from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import SCALARS, Costs, costs_dict, read_costs
 from rollout.simulator.lengths import PARAMETERS, Generator, Shape, Trace, read_trace
 from rollout.simulator.outcome import Outcome
+from rollout.simulator.simulation import Simulation, in_batches
 
 FLAGS = flags.FLAGS
 _RULES = {
@@ -180,10 +188,12 @@ def main() -> None:
   trace, costs = make_trace(), make_costs()
   config = make_config(trace)
   groups = batch_prompts(trace, config)
-  outcomes = [simulated(trace, config, costs), synchronous(trace, config, costs, groups)]
   launched = max(groups, round(FLAGS.over_sampling * groups))
-  for on_abort in OnAbort if FLAGS.compare else ():
-    outcomes.append(oversampled(trace, config, costs, groups, launched, on_abort))
+  batches = [in_batches(config, RolloutSchedule.SYNCHRONOUS, groups)]
+  if FLAGS.compare:
+    both = (RolloutSchedule.OVERSAMPLE_RESUME, RolloutSchedule.OVERSAMPLE_DISCARD)
+    batches += [in_batches(config, schedule, groups, launched) for schedule in both]
+  outcomes = [simulated(trace, config, costs), *(Simulation(trace, one, costs).run() for one in batches)]
   found = report.comparison(trace, outcomes[0], outcomes[1], outcomes[2:])
   found["settings"] = _settings(config, costs, groups, launched)
   if FLAGS.measure:
@@ -204,9 +214,9 @@ def main() -> None:
 def simulated(trace: Trace, config: RolloutConfig, costs: Costs) -> Outcome:
   """C3PO++, with an event log where one is wanted of it."""
   if not FLAGS.events or FLAGS.measure:
-    return C3POSimulation(trace, config, costs).run()
+    return Simulation(trace, config, costs).run()
   with new_log(lambda: simulation.clock.seconds) as log:
-    simulation = C3POSimulation(trace, config, costs, log)
+    simulation = Simulation(trace, config, costs, log)
     return simulation.run()
 
 

@@ -13,9 +13,9 @@ import math
 from collections.abc import Callable, Mapping
 
 from configs.schema import RLConfig, RolloutConfig, RunConfig, Unit
-from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import Costs
 from rollout.simulator.lengths import Trace
+from rollout.simulator.simulation import Simulation
 
 FILL = 0.95  # of a packed row
 
@@ -65,14 +65,17 @@ class Rollouts:
 
   def _simulate(self, whole: RolloutConfig) -> RolloutWork:
     scale = _scale(whole)
+    part = lambda count: -(-count // scale)  # noqa: E731
     config = dataclasses.replace(
-      whole, slots=whole.slots // scale, pool=whole.pool // scale, token_budget=-(-whole.token_budget // scale)
-    )
+      whole, slots=whole.slots // scale, pool=max(whole.pool // scale, part(whole.launched) * whole.group_size),
+      token_budget=part(whole.token_budget), batch_groups=part(whole.batch_groups), launch_groups=part(whole.launch_groups),
+    )  # fmt: skip
     size = config.group_size
     sample = self._answers(_SAMPLE, size)
-    rollouts = (_WARM_UP + _COUNTED) * config.token_budget / sample.mean + config.pool
+    an_iteration = config.batch_groups * size or config.token_budget / sample.mean
+    rollouts = (_WARM_UP + _COUNTED) * an_iteration + config.pool
     trace = self._answers(math.ceil(_MARGIN * rollouts / size) + 1, size)
-    simulation = C3POSimulation(trace, config, Costs(decode_step=1.0, decode_per_slot=0.0))
+    simulation = Simulation(trace, config, Costs(decode_step=1.0, decode_per_slot=0.0))
     for _ in range(_WARM_UP):
       simulation.iterate()
     clock = simulation.clock

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.schema import BudgetCounts, KVPolicy, ModelConfig, OnPurge, RolloutConfig, RolloutDtype, Unit
+from configs.schema import (
+  BudgetCounts,
+  KVPolicy,
+  ModelConfig,
+  OnPurge,
+  RolloutConfig,
+  RolloutDtype,
+  RolloutSchedule,
+  Unit,
+)
 from ring_jax.data.tasks import Problem
 from ring_jax.model import Params
 from ring_jax.records import FinishReason, Rollout
@@ -46,11 +55,12 @@ class Evaluator:
 
   Args:
     model: the architecture.
-    rollout: lengths and sampling of the answers; they are drawn from the trainer's weights as they are, in float32.
+    rollout: lengths and sampling of the answers.
     slots, samples: how many sequences decode at once; answers a problem.
     scorer: running.
     seed: of the answers.
     mesh: the engine's; None: one device.
+    dtype: of the engine's weights; float32 are the trainer's as they are.
   """
 
   def __init__(
@@ -63,15 +73,16 @@ class Evaluator:
     scorer: Scorer,
     seed: int = _SEED,
     mesh: Mesh | None = None,
+    dtype: RolloutDtype = RolloutDtype.FLOAT32,
   ):
     self._scorer = scorer
     self._config = dataclasses.replace(
       rollout,
       slots=slots, pool=max(slots, samples), group_size=samples, token_budget=2**62, unit=Unit.ROLLOUT,
       budget_counts=BudgetCounts.COMPLETED, on_purge=OnPurge.DROP, kv_policy=KVPolicy.RECOMPUTE, retention=0,
-      dtype=RolloutDtype.FLOAT32, router_replay=False,
+      schedule=RolloutSchedule.C3PO, batch_groups=0, launch_groups=0, dtype=dtype, router_replay=False,
     )  # fmt: skip
-    self._engine = RingEngine(
+    self.engine = RingEngine(
       model,
       self._config,
       eos_ids=scorer.tokenizer.eos_ids,
@@ -84,15 +95,21 @@ class Evaluator:
     self, params: Params, problems: Sequence[Problem], on_progress: Callable[[Clock], None] = lambda clock: None
   ) -> Evaluation:
     """Measures the trainer's parameters."""
+    return self._summary(self.answers(params, problems, on_progress), problems)
+
+  def answers(
+    self, params: Params, problems: Sequence[Problem], on_progress: Callable[[Clock], None] = lambda clock: None
+  ) -> list[Rollout]:
+    """Scored answers, those to one problem together, `Rollout.problem` its position."""
     encode = self._scorer.tokenizer.encode
     waiting = iter([(index, encode(problem.prompt)) for index, problem in enumerate(problems)])
-    driver = RolloutDriver(EngineWorker(self._engine), C3POScheduler(self._config), self._config.max_tokens)
+    driver = RolloutDriver(EngineWorker(self.engine), C3POScheduler(self._config), self._config.max_tokens)
     result, _ = driver.iterate(
-      self._engine.load_params(params), 0, lambda count: list(itertools.islice(waiting, count)), on_progress
+      self.engine.load_params(params), 0, lambda count: list(itertools.islice(waiting, count)), on_progress
     )
     rollouts = sorted(result.rollouts, key=lambda rollout: rollout.uid)
     self._scorer.score(rollouts, lambda rollout: problems[rollout.problem])
-    return self._summary(rollouts, problems)
+    return rollouts
 
   def _summary(self, rollouts: Sequence[Rollout], problems: Sequence[Problem]) -> Evaluation:
     samples = self._config.group_size

@@ -28,9 +28,9 @@ import numpy as np
 from configs import loading
 from configs.schema import ConfigError, RolloutConfig
 from ring_jax.records import FinishReason, read_lines
-from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import Costs, costs_dict
 from rollout.simulator.lengths import Trace
+from rollout.simulator.simulation import Simulation
 
 _FEWEST = 6  # iterations that a fit needs
 _GAIN = 0.95  # what a coefficient more must bring the deviations down to
@@ -162,7 +162,7 @@ def fit(run: Run, given: Costs | None = None) -> Calibration:
 
 
 def _replay(run: Run) -> list[_Work]:
-  simulation = C3POSimulation(run.trace, run.config, Costs())
+  simulation = Simulation(run.trace, run.config, Costs())
   clock = simulation.clock
   found = []
   for metrics, timings in zip(run.metrics, run.timings, strict=True):

@@ -3,15 +3,15 @@
 import dataclasses
 
 from configs.ring_tiny import get_config
+from configs.schema import RolloutSchedule
 from rollout import events
 from rollout.events import EventLog
 from rollout.measured import Measurement, compare
 from rollout.replay import replay
 from rollout.simulator import report
-from rollout.simulator.batches import synchronous
-from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import Costs
 from rollout.simulator.lengths import Generator, Shape
+from rollout.simulator.simulation import Simulation, in_batches
 from tests.rollout.killed_run import MODEL
 
 CONFIG = dataclasses.replace(
@@ -32,8 +32,8 @@ def test_both_schedules_do_what_was_simulated(tmp_path):
   assert c3po["rollouts_trained"] == batch["rollouts_trained"] == 20 and c3po["tokens_wasted"] == 0
   assert c3po["max_staleness"] > 0 == batch["max_staleness"]
 
-  simulated = C3POSimulation(trace, CONFIG, Costs()).run()
-  batches = synchronous(trace, CONFIG, Costs(), BATCH)
+  simulated = Simulation(trace, CONFIG, Costs()).run()
+  batches = Simulation(trace, in_batches(CONFIG, RolloutSchedule.SYNCHRONOUS, BATCH), Costs()).run()
   assert (
     (c3po["iterations"], batch["iterations"]) == (len(simulated.series), len(batches.series)) == (c3po["iterations"], 4)
   )

@@ -18,9 +18,9 @@ from rollout.driver import RolloutDriver
 from rollout.events import Entry, EventLog
 from rollout.replay import replay
 from rollout.scheduler import C3POScheduler
-from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import Costs
 from rollout.simulator.lengths import Generator, Shape
+from rollout.simulator.simulation import Simulation
 from rollout.timeline import perfetto
 from rollout.timeline.spans import Happened, Kind, build, carried
 from rollout.worker import Drawn, Events
@@ -235,9 +235,9 @@ def test_a_simulation_writes_a_log_too(tmp_path, counts, kv_policy):
     slots=16, token_budget=600, retention=1, group_size=4, on_purge=OnPurge.TRAIN, steps_per_dispatch=2,
     budget_counts=counts, kv_policy=kv_policy,
   )  # fmt: skip
-  plain = C3POSimulation(trace, config, Costs()).run()
+  plain = Simulation(trace, config, Costs()).run()
   log = EventLog(tmp_path / "log", lambda: simulation.clock.seconds)
-  simulation = C3POSimulation(trace, config, Costs(), log)
+  simulation = Simulation(trace, config, Costs(), log)
   outcome = simulation.run()
   log.close()
   assert outcome.series == plain.series

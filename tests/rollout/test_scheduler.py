@@ -8,69 +8,11 @@ import pytest
 from hypothesis import given, settings, stateful
 from hypothesis import strategies as st
 
-from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
+from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, Unit
 from ring_jax.records import FinishReason
 from rollout.iteration import Counts
 from rollout.scheduler import C3POScheduler, SchedulerError
-
-
-def make_config(**changes) -> RolloutConfig:
-  return RolloutConfig(**{"token_budget": 8, "slots": 4, "retention": 1, "group_size": 2, **changes})
-
-
-class Player:
-  """Drives a scheduler as the live driver does; what a rollout's length is, is a function of its uid."""
-
-  def __init__(self, config, length_of, chunk=1, prompts=None):
-    self.config, self.length_of, self.chunk = config, length_of, chunk
-    self.scheduler = C3POScheduler(config)
-    self.prompts = itertools.count() if prompts is None else iter(range(prompts))
-    self.version = 0
-
-  def refill(self):
-    wanted = self.scheduler.wanted_groups
-    problems = list(itertools.islice(self.prompts, wanted))
-    self.scheduler.admit([(problem, [problem, 7]) for problem in problems])
-    if len(problems) < wanted:
-      self.scheduler.close()
-
-  def decode(self):
-    """One dispatch for everything in a slot; a token's value and log-prob tell where it comes from."""
-    for rollout in self.scheduler.running().values():
-      first = len(rollout.tokens)
-      count = min(self.chunk, self.length_of(rollout.uid) - first)
-      tokens = [rollout.uid * 1000 + first + i for i in range(count)]
-      self.scheduler.record(rollout.uid, tokens, [-1.0 / (1 + token) for token in tokens], self.version)
-      if len(rollout.tokens) == self.length_of(rollout.uid):
-        self.scheduler.finish(rollout.uid, FinishReason.STOP)
-
-  def events(self):
-    """One iteration, a pause after every call; its return value is the result."""
-    self.scheduler.begin_iteration()
-    yield
-    while not self.scheduler.iteration_done:
-      self.refill()
-      yield
-      self.scheduler.place()
-      yield
-      self.decode()
-      yield
-    result = self.scheduler.end_iteration(self.version)
-    self.version += 1
-    return result
-
-  def iterate(self):
-    events = self.events()
-    while True:
-      try:
-        next(events)
-      except StopIteration as stop:
-        return stop.value
-
-  def held_tokens(self):
-    state = self.scheduler.state_dict()
-    buffered = [rollout for group in state["groups"] for rollout in group["finished"]]
-    return sum(len(rollout["tokens"]) for rollout in [*state["pool"], *buffered, *state["ready"]])
+from tests.rollout.player import Player, any_schedule, make_config
 
 
 def algorithm_1(lengths, capacity, budget, sigma, iterations):
@@ -437,7 +379,7 @@ def check_invariants(player):
 
 
 @settings(max_examples=100, deadline=None)
-@given(config=configs, lengths=lengths_lists, chunk=st.integers(1, 4))
+@given(config=any_schedule(configs), lengths=lengths_lists, chunk=st.integers(1, 4))
 def test_no_token_is_lost_or_trained_twice(config, lengths, chunk):
   player = Player(config, lambda uid: lengths[uid % len(lengths)], chunk)
   trained, purged = [], []
@@ -492,7 +434,7 @@ def test_the_oldest_go_first(config, lengths, chunk):
 
 
 @settings(max_examples=40, deadline=None)
-@given(config=configs, lengths=lengths_lists, chunk=st.integers(1, 4), data=st.data())
+@given(config=any_schedule(configs), lengths=lengths_lists, chunk=st.integers(1, 4), data=st.data())
 def test_a_state_that_went_through_json_has_the_same_future(config, lengths, chunk, data):
   """Saved after any call; the copy then makes the same decisions to the end."""
 

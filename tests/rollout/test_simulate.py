@@ -17,9 +17,9 @@ from ring_jax.train.report.samples import SampleLog
 from ring_jax.train.workdir import Workdir
 from rollout.scheduler import C3POScheduler
 from rollout.simulator import calibration
-from rollout.simulator.c3po import C3POSimulation
 from rollout.simulator.costs import Costs, costs_dict, read_costs
 from rollout.simulator.lengths import Generator, Shape
+from rollout.simulator.simulation import Simulation
 
 # One interpreter for many command lines: a run ends at the first mistake, before it simulates.
 _MISTAKES = """
@@ -148,7 +148,7 @@ def make_run(folder, iterations=40, seed=0, costs=TRUE, **changes):
     get_config(), rollout=rules, packing=dataclasses.replace(get_config().packing, length=256)
   )
   trace = Generator(Shape.LOGNORMAL, mean=40, cap=200, prompt_tokens=7, seed=seed).draw(1000, rules.group_size)
-  simulation = C3POSimulation(trace, rules, costs)
+  simulation = Simulation(trace, rules, costs)
   workdir, rng = Workdir(folder), np.random.default_rng(seed)
   workdir.config.write_text(json.dumps(to_dict(config)))
   log, samples = metrics.MetricsLog(workdir), SampleLog(workdir.rollouts)

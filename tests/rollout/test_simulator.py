@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 
 from configs.base import ConfigError
 from configs.ring_tiny import get_config
-from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, Unit
+from configs.schema import BudgetCounts, KVPolicy, OnPurge, RetentionCounts, RolloutConfig, RolloutSchedule, Unit
 from ring_jax import model as ring_model
 from ring_jax.records import FinishReason
 from rollout.driver import RolloutDriver
 from rollout.engine import RingEngine
 from rollout.scheduler import C3POScheduler
 from rollout.simulator import picture, report
-from rollout.simulator.batches import OnAbort, oversampled, synchronous
-from rollout.simulator.c3po import C3POSimulation, CountedRollout
 from rollout.simulator.costs import Costs, costs_dict, read_costs
 from rollout.simulator.lengths import Generator, Shape, Trace, read_trace
+from rollout.simulator.simulation import CountedRollout, Simulation, in_batches
 from rollout.worker import EngineWorker
+from tests.rollout.player import any_schedule
 
 PRICES = Costs(
   decode_step=0.5, decode_per_slot=0.25, decode_per_kv_token=0.125, prefill_call=2.0, prefill_per_token=0.0625, sync=3.0,
@@ -42,6 +42,16 @@ def plain(**changes):
   """A config whose budget, window and slots are given, the rest as simple as it gets."""
   return RolloutConfig(**{"retention": 10**6, "group_size": 1, "steps_per_dispatch": 1, **changes})
 
+
+def synchronous(trace, config, costs, groups):
+  return Simulation(trace, in_batches(config, RolloutSchedule.SYNCHRONOUS, groups), costs).run()
+
+
+def oversampled(trace, config, costs, wanted, launched, schedule):
+  return Simulation(trace, in_batches(config, schedule, wanted, launched), costs).run()
+
+
+OVERSAMPLING = (RolloutSchedule.OVERSAMPLE_RESUME, RolloutSchedule.OVERSAMPLE_DISCARD)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same decisions as the driver's
@@ -142,10 +152,10 @@ def traces(draw, group_size):
 
 
 @settings(max_examples=300, deadline=None)
-@given(config=configs, data=st.data())
+@given(config=any_schedule(configs), data=st.data())
 def test_it_decides_as_the_driver_does(config, data):
   trace = data.draw(traces(config.group_size))
-  simulation, driver = C3POSimulation(trace, config, PRICES), DispatchByDispatch(trace, config, PRICES)
+  simulation, driver = Simulation(trace, config, PRICES), DispatchByDispatch(trace, config, PRICES)
   places, place = [], simulation.scheduler.place
 
   def noted():
@@ -191,7 +201,7 @@ def test_it_decides_as_the_real_driver_on_the_real_engine_did():
   assert len(set(lengths.values())) > 3 and len(results) > 4 and len(lengths) > 40
   assert any(result.purged for result in results), "no answer outlived its window"
 
-  simulation = C3POSimulation(flat([lengths.get(uid, 99) for uid in range(48)], 4), config, Costs())
+  simulation = Simulation(flat([lengths.get(uid, 99) for uid in range(48)], 4), config, Costs())
   for result in results:
     ours, theirs = seen(simulation.iterate()), seen(result)
     assert [[r[:3] for r in ours[0]], *ours[1:]] == [[r[:3] for r in theirs[0]], *theirs[1:]]
@@ -201,7 +211,7 @@ def test_it_decides_as_the_real_driver_on_the_real_engine_did():
 def test_a_simulated_scheduler_goes_through_json():
   trace = Generator(Shape.LOGNORMAL, mean=50, cap=400).draw(60, 4)
   config = RolloutConfig(slots=16, token_budget=600, retention=1, group_size=4, kv_policy=KVPolicy.KEEP)
-  first, second = (C3POSimulation(trace, config, Costs()) for _ in range(2))
+  first, second = (Simulation(trace, config, Costs()) for _ in range(2))
   for _ in range(4):
     first.iterate()
     second.iterate()
@@ -223,9 +233,9 @@ def test_books_and_bounds(config, data, wanted, more):
     config = dataclasses.replace(config, on_purge=OnPurge.TRAIN)
   trace = data.draw(traces(config.group_size))
   total, entire = sum(trace.lengths), collections.Counter(trace.lengths)
-  c3po = C3POSimulation(trace, config, PRICES).run()
+  c3po = Simulation(trace, config, PRICES).run()
   batch = synchronous(trace, config, PRICES, wanted)
-  resumed, discarded = (oversampled(trace, config, PRICES, wanted, wanted + more, kind) for kind in OnAbort)
+  resumed, discarded = (oversampled(trace, config, PRICES, wanted, wanted + more, kind) for kind in OVERSAMPLING)
   for outcome in (c3po, batch, resumed, discarded):
     assert outcome.total("tokens_generated") == outcome.tokens_trained + outcome.total("tokens_wasted")
     assert outcome.total("rollouts_trained") + outcome.lost == len(trace.lengths)
@@ -253,13 +263,13 @@ def test_oversampling_by_hand():
   Iteration 1: uids 1 and 2: both end after 3 steps, and both are trained on.
   """
   trace, config = flat([2, 5, 3]), plain(slots=2, token_budget=1)
-  resumed = oversampled(trace, config, PRICES, 1, 2, OnAbort.RESUME)
+  resumed = oversampled(trace, config, PRICES, 1, 2, RolloutSchedule.OVERSAMPLE_RESUME)
   assert [(one.steps, one.tokens_trained, one.tokens_wasted, one.in_flight) for one in resumed.series] == [
     (2, 2, 0, 1), (3, 8, 0, 0),
   ]  # fmt: skip
   assert resumed.staleness == {0: 2 + 3 + 3, 1: 2}
   assert resumed.clock.prefill_tokens == 10 + 10 + 12 + 10
-  discarded = oversampled(trace, config, PRICES, 1, 2, OnAbort.DISCARD)
+  discarded = oversampled(trace, config, PRICES, 1, 2, RolloutSchedule.OVERSAMPLE_DISCARD)
   assert [(one.steps, one.tokens_trained, one.tokens_wasted) for one in discarded.series] == [(2, 2, 2), (3, 3, 0)]
   assert discarded.lost == 1 and discarded.lengths == {2: 1, 3: 1}
 
@@ -272,7 +282,7 @@ def test_oversampling_by_hand():
 def test_answers_of_one_length_gain_nothing(counts):
   trace = flat([40] * 96, 4)
   config = RolloutConfig(slots=16, token_budget=640, retention=0, group_size=4, budget_counts=counts)
-  c3po, batch = C3POSimulation(trace, config, PRICES).run(), synchronous(trace, config, PRICES, 4)
+  c3po, batch = Simulation(trace, config, PRICES).run(), synchronous(trace, config, PRICES, 4)
   assert c3po.utilisation == batch.utilisation == 1.0
   assert c3po.series == batch.series
   assert c3po.speedup_over(batch, "rollout_seconds") == c3po.speedup_over(batch, "seconds") == 1.0
@@ -291,9 +301,7 @@ def test_a_batch_that_fits_takes_the_expected_maximum():
   # So the speedup of a schedule that keeps its slots full is E[max] / E[length], where a step costs the same for any number.
   prices = Costs(decode_step=1.0, decode_per_slot=0.0, prefill_per_token=0.0, sync=0.0)
   trace, config = flat(lengths.tolist()), plain(slots=K, token_budget=round(K / p))
-  found = (
-    C3POSimulation(trace, config, prices).run().speedup_over(synchronous(trace, config, prices, K), "rollout_seconds")
-  )
+  found = Simulation(trace, config, prices).run().speedup_over(synchronous(trace, config, prices, K), "rollout_seconds")
   assert found == pytest.approx(expected * p, rel=0.03)
 
 
@@ -302,7 +310,7 @@ def test_littles_law():
   trace = Generator(Shape.LOGNORMAL, mean=100, cap=1000).draw(1500, 1)
   for k in (1, 7):
     config = plain(slots=24, token_budget=2400, steps_per_dispatch=k, kv_policy=KVPolicy.KEEP)
-    outcome = C3POSimulation(trace, config, Costs()).run()
+    outcome = Simulation(trace, config, Costs()).run()
     steps = outcome.total("steps")
     throughput = outcome.total("rollouts_trained") / steps
     in_slot = statistics.mean(k * math.ceil(length / k) for length in trace.lengths)
@@ -314,17 +322,17 @@ def test_slots_lost_to_whole_groups(group_size, slots):
   """With pool = slots the free places are 0 to G - 1, all as likely: (G - 1) / 2 slots stand empty while prompts last."""
   trace = Generator(Shape.LOGNORMAL, mean=300, sigma=1.0, cap=4000).draw(24_000 // group_size, group_size)
   config = plain(slots=slots, token_budget=300 * slots, group_size=group_size, unit=Unit.ROLLOUT)
-  outcome = C3POSimulation(trace, config, Costs()).run()
+  outcome = Simulation(trace, config, Costs()).run()
   assert outcome.fed_utilisation == pytest.approx(1 - (group_size - 1) / 2 / slots, abs=0.003)
   spare = dataclasses.replace(config, pool=slots + group_size - 1)
-  assert C3POSimulation(trace, spare, Costs()).run().fed_utilisation == pytest.approx(1, abs=0.002)
+  assert Simulation(trace, spare, Costs()).run().fed_utilisation == pytest.approx(1, abs=0.002)
 
 
 def test_mean_staleness():
   """A token drawn t steps before its answer's end is t / T versions old, T the steps of an iteration: over all tokens
   E[L^2] / (2 E[L] T)."""
   trace = Generator(Shape.LOGNORMAL, mean=300, sigma=1.0, cap=4000).draw(20_000, 1)
-  outcome = C3POSimulation(trace, plain(slots=64, token_budget=64 * 300, unit=Unit.ROLLOUT), Costs()).run()
+  outcome = Simulation(trace, plain(slots=64, token_budget=64 * 300, unit=Unit.ROLLOUT), Costs()).run()
   square = sum(length * length for length in trace.lengths) / sum(trace.lengths)
   period = outcome.total("steps") / len(outcome.series)
   found = outcome.total("staleness_sum") / outcome.tokens_trained
@@ -335,7 +343,7 @@ def test_dropping_biases_lengths_and_the_report_says_so():
   trace = Generator(Shape.LOGNORMAL, mean=300, sigma=1.2, cap=5000).draw(1000, 8)
   config = RolloutConfig(slots=64, token_budget=64 * 300, retention=3, group_size=8)
   summaries = {
-    purge: C3POSimulation(trace, dataclasses.replace(config, on_purge=purge), Costs()).run().summary(trace)
+    purge: Simulation(trace, dataclasses.replace(config, on_purge=purge), Costs()).run().summary(trace)
     for purge in (OnPurge.DROP, OnPurge.TRAIN)
   }
   dropped = summaries[OnPurge.DROP]
@@ -343,7 +351,7 @@ def test_dropping_biases_lengths_and_the_report_says_so():
   assert dropped["length_bias"]["mean_trained"] < 0.9 * dropped["length_bias"]["mean_generated"]
   assert dropped["length_bias"]["distance"] > 0.01
   assert summaries[OnPurge.TRAIN]["tokens_wasted"] == summaries[OnPurge.TRAIN]["rollouts_lost"] == 0
-  patient = C3POSimulation(trace, dataclasses.replace(config, retention=30), Costs()).run().summary(trace)
+  patient = Simulation(trace, dataclasses.replace(config, retention=30), Costs()).run().summary(trace)
   assert patient["length_bias"]["distance"] == 0.0 and patient["tokens_wasted"] == 0
 
 
@@ -352,7 +360,7 @@ def test_the_number_of_the_paper_and_the_bound_on_slots():
   trace = Generator(Shape.LOGNORMAL, mean=4096, sigma=1.2, cap=32_768).draw(4000, 8)
   config = RolloutConfig(slots=256, token_budget=round(256 * trace.mean), retention=12, group_size=8)
   assert config.pool == config.slots
-  c3po, batch = C3POSimulation(trace, config, Costs()).run(), synchronous(trace, config, Costs(), 32)
+  c3po, batch = Simulation(trace, config, Costs()).run(), synchronous(trace, config, Costs(), 32)
   assert c3po.speedup_over(batch, "rollout_seconds") >= 2.5
   assert c3po.utilisation >= 0.9
   assert c3po.lengths == batch.lengths
@@ -365,7 +373,7 @@ def test_a_million_rollouts_in_a_minute():
     started = time.process_time()
     trace = Generator(Shape.LOGNORMAL).draw(6250, 8)
     config = RolloutConfig(slots=512, token_budget=round(512 * trace.mean), retention=10)
-    outcomes = [C3POSimulation(trace, config, Costs()).run(), synchronous(trace, config, Costs(), 64)]
+    outcomes = [Simulation(trace, config, Costs()).run(), synchronous(trace, config, Costs(), 64)]
     report.comparison(trace, *outcomes, [])
     return time.process_time() - started
 
@@ -487,7 +495,7 @@ def test_the_picture_shows_the_clock(tmp_path):
   trace = Generator(Shape.LOGNORMAL, mean=100, cap=900).draw(200, 4)
   config = RolloutConfig(slots=16, token_budget=1600, retention=9, group_size=4)
   prices = Costs(decode_step=1.0, decode_per_slot=0.0)
-  outcomes = [C3POSimulation(trace, config, prices).run(), synchronous(trace, config, prices, 4)]
+  outcomes = [Simulation(trace, config, prices).run(), synchronous(trace, config, prices, 4)]
   for outcome in outcomes:
     edges = np.linspace(0, outcome.clock.marks[-1][0], 50)
     shown = float((picture.slots_in_use(outcome, edges) * np.diff(edges)).sum())

@@ -1,4 +1,4 @@
-"""C3PO++ over a trace: the scheduler of the live driver, and time instead of an engine.
+"""A schedule over a trace: the scheduler of the live driver, and time instead of an engine.
 
     as rollout/driver.py:  begin_iteration; until the iteration is done: admit, place, decode, record, finish; end_iteration
 
@@ -11,10 +11,11 @@ that depends on tokens it has been told of all of them: decisions are those of t
 
 import dataclasses
 import heapq
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from configs.schema import BudgetCounts, RolloutConfig
+from configs.schema import BudgetCounts, RolloutConfig, RolloutSchedule, Unit
 from ring_jax.records import FinishReason, Rollout
 from rollout import events
 from rollout.events import EventLog
@@ -49,7 +50,20 @@ class CountedRollout(Rollout):
     return sum((version - drawn_by) * count for drawn_by, count in runs), version - runs[0][0]
 
 
-class C3POSimulation:
+def in_batches(config: RolloutConfig, schedule: RolloutSchedule, groups: int, launched: int = 0) -> RolloutConfig:
+  """The same slots under a schedule of batches; what is resumed is never purged."""
+  return dataclasses.replace(
+    config,
+    schedule=schedule,
+    batch_groups=groups,
+    launch_groups=launched,
+    pool=0,
+    unit=Unit.GROUP,
+    retention=sys.maxsize,
+  )
+
+
+class Simulation:
   """`iterate` runs one iteration; `run` all of them, to the end of the trace.
 
   Args:
@@ -62,9 +76,9 @@ class C3POSimulation:
     self.scheduler = C3POScheduler(config, CountedRollout)
     self.clock = Clock(config, costs)
     self.ended: dict[int, int] = {}  # by uid: the dispatch after which it ended
-    self._recorder = Recorder("c3po", config.slots, costs, self.clock)
+    self._recorder = Recorder(config.schedule.value, config.slots, costs, self.clock)
     self._trace, self._config = trace, config
-    self._by_tokens = config.budget_counts is BudgetCounts.GENERATED
+    self._by_tokens = config.schedule is RolloutSchedule.C3PO and config.budget_counts is BudgetCounts.GENERATED
     self._cursor = 0  # prompts that have entered
     # Of the rollouts in slots.  A rollout's tokens are recorded up to the dispatch in _since; with k steps a dispatch it
     # holds prompt + length + k (now - since) tokens by now.
