@@ -41,7 +41,7 @@ from sharding.planner import Estimate, Generation, Holdings, Price, Stage, estim
 _WARM_UP = 3  # steps that are left out
 _FEWEST = 3  # steps that a median needs
 
-# Names in timings.jsonl; the hand-over to the shadow critic is within sync.
+# Names in timings.jsonl.  The hand-over to the shadow critic is within sync, and is priced like the engine's.
 _SECONDS = {
   Stage.GENERATE: "rollout",
   Stage.SCORE: "score",
@@ -62,7 +62,6 @@ _ROLES = {
   Stage.TRAIN: Role.ACTOR,
   Stage.CRITIC: Role.CRITIC,
 }
-_FREE = (Stage.SYNC_CRITIC,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +89,11 @@ def read_run(workdir: pathlib.Path, phase: str, metrics: Sequence[Mapping], timi
   steps = [record for record in timings if record.get("phase") == phase][_WARM_UP:]
   if len(steps) < _FEWEST:
     raise ConfigError(f"{workdir}: holds {len(steps)} timed {phase} steps after the first {_WARM_UP}, needs {_FEWEST}")
+  each = [_stages(step) for step in steps]
   seconds = {
-    stage: statistics.median(step[f"seconds/{name}"] for step in steps)
-    for stage, name in _SECONDS.items()
-    if all(f"seconds/{name}" in step for step in steps)
+    stage: statistics.median(one[stage] for one in each) for stage in each[0] if all(stage in one for one in each)
   }
-  totals = [
-    step.get("seconds/step", sum(step.get(f"seconds/{name}", 0.0) for name in _SECONDS.values())) for step in steps
-  ]
+  totals = [step.get("seconds/step", sum(one.values())) for step, one in zip(steps, each, strict=True)]
   shown = [record for record in metrics if record.get("phase") == phase][_WARM_UP:]
   without = [record["without_advantage"] for record in shown if "without_advantage" in record]
   dropped = without if config.phase(phase).advantage is not Advantage.GAE else []
@@ -105,6 +101,14 @@ def read_run(workdir: pathlib.Path, phase: str, metrics: Sequence[Mapping], timi
     workdir.name, config, seconds, statistics.median(totals), _answers(workdir, steps),
     1 - (statistics.mean(dropped) if dropped else 0.0),
   )  # fmt: skip
+
+
+def _stages(step: Mapping[str, Any]) -> dict[Stage, float]:
+  """Seconds of a step that belong to one stage alone: the critic's turn lies within what a run calls train."""
+  found = {stage: step[f"seconds/{name}"] for stage, name in _SECONDS.items() if f"seconds/{name}" in step}
+  if Stage.CRITIC in found and Stage.TRAIN in found:
+    found[Stage.TRAIN] = max(found[Stage.TRAIN] - found[Stage.CRITIC], 0.0)
+  return found
 
 
 def _answers(workdir: pathlib.Path, steps: Sequence[Mapping]) -> list[tuple[int, int]]:
@@ -170,8 +174,8 @@ class Measured:
     return holdings(config, self._phase, role)
 
   def _price(self, config: RunConfig, stage: Stage) -> Price:
-    if stage in _FREE:
-      return Price(0.0, "host")
+    if stage is Stage.SYNC_CRITIC:
+      stage = Stage.SYNC
     if stage not in self.laws:
       raise ConfigError(
         f"--calibrate: no run has seconds/{_SECONDS[stage]} for {stage}: calibrate with a run of these roles"
