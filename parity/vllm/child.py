@@ -91,7 +91,9 @@ def _serve(request: dict[str, Any], device: str) -> dict[str, Any]:
     skip_tokenizer_init=True,
     trust_remote_code=True,
     max_model_len=request["max_model_len"],
-    max_num_batched_tokens=max(2048, request["max_model_len"]),  # a prompt is never cut into chunks
+    max_num_batched_tokens=max(2048, request["max_model_len"]),
+    # A prompt that is cut into chunks has its generator wound back, which those of a CPU cannot.
+    enable_chunked_prefill=False,
     enforce_eager=True,
     enable_prefix_caching=False,
     max_logprobs=1,

@@ -25,11 +25,19 @@ from ring_jax.model.transformer import Block
 
 
 def logps(
-  config: ModelConfig, params: Params, sequences: Sequence[Sequence[int]], temperature: float = 1.0
+  config: ModelConfig,
+  params: Params,
+  sequences: Sequence[Sequence[int]],
+  temperature: float = 1.0,
+  vocab_mask_V: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-  """Log-probs [T - 1] of each sequence's tokens from the second on."""
+  """Log-probs [T - 1] of each sequence's tokens from the second on.
+
+  Args:
+    vocab_mask_V: bool; the ids that may be drawn, None: all of them.
+  """
   tokens_BxT, segments_BxT = _rows(sequences)
-  logp_BxT = np.asarray(_logps(config, params, tokens_BxT, segments_BxT, temperature))
+  logp_BxT = np.asarray(_logps(config, params, tokens_BxT, segments_BxT, temperature, vocab_mask_V))
   return [row[: len(ids) - 1] for row, ids in zip(logp_BxT[: len(sequences)], sequences, strict=True)]
 
 
@@ -59,11 +67,15 @@ def _rows(sequences: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _logps(config: ModelConfig, params: Params, tokens_BxT, segments_BxT, temperature: float) -> jax.Array:
+def _logps(
+  config: ModelConfig, params: Params, tokens_BxT, segments_BxT, temperature: float, vocab_mask_V
+) -> jax.Array:
   hidden_BxTxD = forward(config, params, tokens_BxT, segment_ids_BxT=segments_BxT, mtp=False).hidden_BxTxD
   targets_BxT = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))
   hidden_NxD = hidden_BxTxD.reshape(-1, config.hidden_size)
-  scored = linear_logprob(hidden_NxD, params["lm_head"]["kernel"], targets_BxT.reshape(-1), temperature=temperature)
+  scored = linear_logprob(
+    hidden_NxD, params["lm_head"]["kernel"], targets_BxT.reshape(-1), temperature=temperature, vocab_mask=vocab_mask_V
+  )
   return scored.logp.reshape(tokens_BxT.shape)
 
 
