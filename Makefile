@@ -8,7 +8,7 @@ RUN     := $(VENV)/bin/python
 PYTEST  := $(RUN) -m pytest -n 2 --dist worksteal
 # Tests that spend their time in XLA and not in what it makes: they are compiled without optimisation.
 COMPILE_BOUND := tests/model tests/train/test_programs.py tests/train/test_scalar_programs.py tests/train/test_switching.py \
-  tests/rollout/test_probe.py tests/rollout/test_engine.py tests/rollout/test_paged.py tests/launch/test_score.py
+  tests/rollout/test_probe.py tests/rollout/test_engine.py tests/rollout/test_paged.py tests/launch/test_score.py tests/studies/test_quick.py
 
 # The toy runs are for the CPU, also on a machine that has an accelerator: JAX_PLATFORMS= make train takes that one.
 export JAX_PLATFORMS ?= cpu

@@ -11,19 +11,20 @@ FLOORS = {
   "ring_jax.model": 2,
   "ring_jax.records": 2,
   "rollout": 3,
-  "rollout.simulate": 5,  # a command
-  "rollout.replay": 5,  # a command
-  "rollout.timeline.__main__": 5,  # a command
+  "rollout.simulate": 6,  # a command
+  "rollout.replay": 6,  # a command
+  "rollout.timeline.__main__": 6,  # a command
   "ring_jax.rl": 3,
   "ring_jax.rewards": 3,
   "ring_jax.data": 3,
   "ring_jax.checkpoint": 3,
   "parity": 4,
-  "parity.run": 5,  # a command
+  "parity.run": 6,  # a command
   "ring_jax.train": 4,
   "ring_jax.compiled": 4,
   "ring_jax.planning": 4,
-  "ring_jax.launch": 5,
+  "ring_jax.studies": 5,
+  "ring_jax.launch": 6,
 }
 CONTROL = (
   "rollout/scheduler.py",

@@ -1,0 +1,38 @@
+"""The process of one point: measures it and leaves result.json in its folder.
+
+    python -m ring_jax.studies.child MODULE CLASS POINT FOLDER SETTINGS
+
+The runner starts it with the cores and the devices of the point, and sends its output to a file.
+"""
+
+import importlib
+import json
+import pathlib
+import sys
+import time
+
+from ring_jax.studies.study import Place, Settings
+from ring_jax.train.job import Stopped
+from ring_jax.train.workdir import write_atomic
+
+RESULT = "result.json"
+
+
+def main(module: str, kind: str, name: str, folder: str, settings: str) -> int:
+  """Returns the exit status."""
+  study, given = getattr(importlib.import_module(module), kind)(), Settings(**json.loads(settings))
+  point, home = next(one for one in study.points(given) if one.name == name), pathlib.Path(folder)
+  own = home / point.name
+  own.mkdir(parents=True, exist_ok=True)
+  started, spent = time.time(), time.process_time()
+  try:
+    result = study.measure(point, given, Place(own, home.joinpath))
+  except Stopped as stopped:
+    return stopped.status
+  cost = {"seconds": time.time() - started, "cpu_seconds": time.process_time() - spent}
+  write_atomic(own / RESULT, json.dumps({"result": result, "cost": cost}, indent=1) + "\n")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,79 @@
+"""Training runs as points: one cold start a seed, and runs of RL from its weights.
+
+The runs of one seed share the checkpoint, the tokenizer and the order of the problems, and differ in what the arm says.  They
+are ordinary runs of ring_jax.train.job in an ordinary workdir, to be looked at like any other.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from configs.schema import RunConfig
+from ring_jax.studies.study import Place, Result
+from ring_jax.train.job import run_job
+from ring_jax.train.report import metrics
+
+COLD = "cold_start"
+_RUN = "run"  # the workdir, in the point's folder
+
+
+def quick(config: RunConfig, steps: int = 4) -> RunConfig:
+  """The same programs for a few steps; partial scores count, so that there is something to learn from at all."""
+  return dataclasses.replace(
+    config,
+    task=dataclasses.replace(config.task, exact=False),
+    sft=dataclasses.replace(config.sft, steps=4, probe_from=100),
+    rl=dataclasses.replace(config.rl, steps=steps, eval_every=0),
+    eval=dataclasses.replace(config.eval, problems=16, samples=2, slots=32),
+  )
+
+
+def cold_start(config: RunConfig, seed: int, place: Place) -> Result:
+  """SFT until the config's accuracy."""
+  config = dataclasses.replace(config, seed=seed, rl=dataclasses.replace(config.rl, steps=0))
+  progress = run_job(config, str(place.folder / _RUN), watchdog=0)
+  return {"accuracy": progress.evaluations["sft"]["accuracy"], "steps": progress.step}
+
+
+def train(config: RunConfig, seed: int, place: Place, names: Sequence[str]) -> Result:
+  """RL from the cold start of the seed; `names` are the metrics to keep, step by step."""
+  cold = place.of(f"{COLD}_seed{seed}") / _RUN
+  config = dataclasses.replace(config, seed=seed, init=str(cold), sft=dataclasses.replace(config.sft, steps=0))
+  workdir = place.folder / _RUN
+  progress = run_job(config, str(workdir), watchdog=0)
+  return {
+    "before": progress.evaluations["start"]["accuracy"],
+    "after": progress.evaluations["rl"]["accuracy"],
+    **history(workdir, names),
+  }
+
+
+def history(workdir: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
+  """What a run of RL logged: `series` by metric and `seconds` by stage, a value a step; `probes` of held-out problems."""
+  logged = [record for record in metrics.read(workdir / "metrics.jsonl") if record["phase"] == "rl"]
+  timed = [record for record in metrics.read(workdir / "timings.jsonl") if record["phase"] == "rl"]
+  stages = sorted({name for record in timed for name in record if name.startswith("seconds/")})
+  return {
+    "series": {name: [record.get(name) for record in logged] for name in names},
+    "seconds": {name.removeprefix("seconds/"): [record.get(name, 0.0) for record in timed] for name in stages},
+    "probes": [
+      [step, record["held_out_accuracy"]] for step, record in enumerate(logged, 1) if "held_out_accuracy" in record
+    ],
+  }
+
+
+def smoothed(values: Sequence[float | None], window: int) -> list[float]:
+  """Mean of the last `window` values that there are, fewer at the beginning; NaN where there is none."""
+  found = []
+  for end in range(1, len(values) + 1):
+    own = [value for value in values[max(0, end - window) : end] if value is not None]
+    found.append(sum(own) / len(own) if own else float("nan"))
+  return found
+
+
+def accuracies(result: Result) -> tuple[list[int], list[float]]:
+  """Steps and held-out accuracies, from the first measurement to the last."""
+  steps = len(next(iter(result["series"].values())))
+  points = [(0, result["before"]), *((step, value) for step, value in result["probes"]), (steps, result["after"])]
+  return [step for step, _ in points], [value for _, value in points]
