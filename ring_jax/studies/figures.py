@@ -39,7 +39,7 @@ def picture(
   """A figure with its axes, row by row."""
   with plt.rc_context(_STYLE):
     figure, axes = plt.subplots(
-      rows, columns, figsize=(width * columns, height * rows), layout="constrained", dpi=130, squeeze=False
+      rows, columns, figsize=(width * columns, height * rows), layout="constrained", dpi=100, squeeze=False
     )
     try:
       yield figure, list(axes.flat)

@@ -215,12 +215,11 @@ def _of(results: Results, arm: str, name: str):
 
 def _findings(results: Results, arms: Sequence[str]) -> list[str]:
   found = []
-  for arm in ("ours_float32", "vllm_float32"):
-    if arm in arms:
-      largest = max(one["mismatch/delta_max"] for one in results.of(arm))
-      found.append(
-        f"In float32 {ENGINES[arm]} agrees with the trainer on every token: |Δlogp| of at most {largest:.1e}."
-      )
+  exact = [arm for arm in ("ours_float32", "vllm_float32") if arm in arms]
+  if exact:
+    largest = max(one["mismatch/delta_max"] for arm in exact for one in results.of(arm))
+    names = " and ".join(ENGINES[arm] for arm in exact)
+    found.append(f"In float32 engine and trainer agree on every token: |Δlogp| of at most {largest:.1e} ({names}).")
   low = [arm for arm in arms if _of(results, arm, "mismatch/masked").mean > 0]
   if low:
     worst = max(low, key=lambda arm: _of(results, arm, "mismatch/masked").mean)
@@ -228,7 +227,22 @@ def _findings(results: Results, arms: Sequence[str]) -> list[str]:
     found.append(
       f"IcePop's range (0.5, 5) drops most with {ENGINES[worst]}: {share} of the tokens; nothing with float32."
     )
+  coarse = [arm for arm in arms if _of(results, arm, "mismatch/delta_mean").mean > 1e-5]
+  if coarse:
+    deeper = sum(_grows(results, arm) for arm in coarse)
+    found.append(
+      f"A token takes other experts more often in the last layer than in the first with {deeper} of {len(coarse)} engines of lower"
+      " precision, and where it does the difference is larger."
+    )
   return found
+
+
+def _grows(results: Results, arm: str) -> bool:
+  first, *_, last = (
+    interval([one["other_experts"][layer] for one in results.of(arm)]).mean
+    for layer in results.of(arm)[0]["other_experts"]
+  )
+  return last > first
 
 
 def _table(results: Results, arms: Sequence[str]) -> Table:
@@ -284,5 +298,5 @@ def _picture(results: Results, arms: Sequence[str]) -> Figure:
     figures.curves(axes[0], by_position, "Mean |Δlogp| by position", xlabel="token of the answer", log=True)
     rewards = {ENGINES[arm]: _of(results, arm, "reward") for arm in arms}
     figures.bars(axes[1], rewards, "Reward of the engine's own answers")
-    axes[0].legend(fontsize=8)
+    figures.legend_below(figure, axes[0])
     return Figure("engines", "Discrepancy by position, and what it costs in reward", figures.png(figure))
