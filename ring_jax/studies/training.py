@@ -19,21 +19,22 @@ _RUN = "run"  # the workdir, in the point's folder
 
 
 def quick(config: RunConfig, steps: int = 4) -> RunConfig:
-  """The same programs for a few steps; partial scores count, so that there is something to learn from at all."""
+  """The programs of RL for a few steps from random weights; partial scores count, so that there is something to learn from."""
   return dataclasses.replace(
     config,
     task=dataclasses.replace(config.task, exact=False),
-    sft=dataclasses.replace(config.sft, steps=4, probe_from=100),
+    sft=dataclasses.replace(config.sft, steps=0),
     rl=dataclasses.replace(config.rl, steps=steps, eval_every=0),
     eval=dataclasses.replace(config.eval, problems=16, samples=2, slots=32),
   )
 
 
 def cold_start(config: RunConfig, seed: int, place: Place) -> Result:
-  """SFT until the config's accuracy."""
+  """SFT until the config's accuracy; random weights where the config has none."""
   config = dataclasses.replace(config, seed=seed, rl=dataclasses.replace(config.rl, steps=0))
   progress = run_job(config, str(place.folder / _RUN), watchdog=0)
-  return {"accuracy": progress.evaluations["sft"]["accuracy"], "steps": progress.step}
+  accuracy = progress.evaluations["sft" if config.sft.steps else "start"]["accuracy"]
+  return {"accuracy": accuracy, "steps": progress.step}
 
 
 def train(config: RunConfig, seed: int, place: Place, names: Sequence[str]) -> Result:
