@@ -37,6 +37,7 @@ setup(
     "reasoning-gym>=0.1.25",
     "rich>=13",
     "safetensors>=0.5",
+    "scipy>=1.11",
     "shortuuid>=1.0",
     "starlette>=0.40",
     "tensorboardX>=2.6",

@@ -38,7 +38,7 @@ from rollout.simulator import calibration, report
 from rollout.simulator.costs import SCALARS, Costs, costs_dict, read_costs
 from rollout.simulator.lengths import PARAMETERS, Generator, Shape, Trace, read_trace
 from rollout.simulator.outcome import Outcome
-from rollout.simulator.simulation import Simulation, in_batches
+from rollout.simulator.simulation import Simulation, groups_of_budget, in_batches
 
 FLAGS = flags.FLAGS
 _RULES = {
@@ -167,7 +167,7 @@ def make_costs() -> Costs:
 def batch_prompts(trace: Trace, config: RolloutConfig) -> int:
   """Prompts of a synchronous batch: given, or as many as make the same tokens an update as C3PO++'s budget."""
   if FLAGS.batch_prompts is None:
-    return max(1, round(config.token_budget / (trace.mean * trace.group_size)))
+    return groups_of_budget(trace, config)
   if FLAGS.batch_prompts < 1:
     raise ConfigError(f"--batch_prompts={FLAGS.batch_prompts}: must be at least 1")
   return FLAGS.batch_prompts
@@ -274,7 +274,7 @@ def calibrate() -> None:
   from ring_jax.train.report import metrics  # TensorBoard takes a second to import
 
   workdir = pathlib.Path(FLAGS.calibrate)
-  run = calibration.read_run(workdir, metrics.read(workdir / "metrics.jsonl"), metrics.read(workdir / "timings.jsonl"))
+  run = calibration.read_run(workdir, *metrics.read_logs(workdir))
   found = calibration.fit(run, make_costs() if FLAGS.costs else None)
   if FLAGS.costs_out:
     write_atomic(pathlib.Path(FLAGS.costs_out), json.dumps(costs_dict(found.costs), indent=2) + "\n")

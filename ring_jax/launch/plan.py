@@ -110,10 +110,7 @@ def _answers(config: RunConfig) -> Answers:
 
 def _runs(workdirs: list[str], phase: str) -> list[measured.Run]:
   folders = [pathlib.Path(one) for one in workdirs]
-  return [
-    measured.read_run(one, phase, metrics.read(one / "metrics.jsonl"), metrics.read(one / "timings.jsonl"))
-    for one in folders
-  ]
+  return [measured.read_run(one, phase, *metrics.read_logs(one)) for one in folders]
 
 
 def compare(phase: str) -> None:

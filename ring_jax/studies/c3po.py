@@ -23,14 +23,14 @@ from configs.schema import RolloutConfig, RolloutSchedule, RunConfig, TaskConfig
 from ring_jax.studies import comparing, figures
 from ring_jax.studies.statistics import Interval, interval
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
-from ring_jax.studies.training import COLD, cold_start, quick, train
+from ring_jax.studies.training import COLD, cold_start, from_cold_starts, quick, train
 from ring_jax.train.report import metrics
 from rollout.measured import Measurement, compare
 from rollout.simulator import calibration
 from rollout.simulator.costs import Costs
 from rollout.simulator.lengths import Generator, Shape
 from rollout.simulator.outcome import Outcome
-from rollout.simulator.simulation import Simulation, in_batches
+from rollout.simulator.simulation import Simulation, groups_of_budget, in_batches
 
 LIVE: Mapping[str, str] = {
   "synchronous": "synchronous batch",
@@ -87,13 +87,11 @@ class C3PO(Study):
   )
 
   def points(self, settings: Settings) -> list[Point]:
-    seeds = range(1 if settings.quick else settings.seeds)
-    cold = [Point(COLD, seed) for seed in seeds]
-    live = [Point(arm, one.seed, needs=(one.name,)) for arm in LIVE for one in cold]
+    seeds, live = settings.all_seeds, from_cold_starts(settings, LIVE)
     calibrated = [Point(_CALIBRATED, one.seed, needs=(one.name,)) for one in live if one.arm == "c3po"]
     simulated = [Point(arm, seed) for seed in seeds for arm in (list(_MEANS)[:1] if settings.quick else _MEANS)]
     forced = [Point(_FORCED, seed, alone=True) for seed in seeds]
-    return cold + live + calibrated + simulated + forced
+    return live + calibrated + simulated + forced
 
   def measure(self, point: Point, settings: Settings, place: Place) -> Result:
     if point.arm in _MEANS:
@@ -102,8 +100,7 @@ class C3PO(Study):
       return _forced(point.seed, settings)
     if point.arm == _CALIBRATED:
       workdir = place.of(point.needs[0]) / "run"
-      logs = [metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timings")]
-      return calibration.fit(calibration.read_run(workdir, *logs)).summary()
+      return calibration.fit(calibration.read_run(workdir, *metrics.read_logs(workdir))).summary()
     config = config_of(settings)
     if point.arm == COLD:
       return cold_start(config, point.seed, place)
@@ -187,7 +184,7 @@ def _picture(results: Results, live: comparing.Labels) -> Figure:
   for arm, label in live.items():
     rewards, tokens, seconds = [], [], []
     for one in results.of(arm):
-      rewards.append(comparing.smoothed(one["series"]["reward"], comparing.WINDOW))
+      rewards.append(metrics.smoothed(one["series"]["reward"], comparing.WINDOW))
       tokens.append(_running(one["series"]["scheduler/tokens_trained"]))
       seconds.append(_running(one["seconds"]["step"][1:]))
     by_tokens[label] = ([_mean(column) / 1000 for column in zip(*tokens, strict=True)], rewards)
@@ -223,8 +220,7 @@ def _forced(seed: int, settings: Settings) -> Result:
     max_tokens=cap,
     steps_per_dispatch=1,
   )
-  groups = max(1, round(config.token_budget / (trace.mean * trace.group_size)))
-  measurement = Measurement(ring_tiny.get_config().model, config, trace, groups)
+  measurement = Measurement(ring_tiny.get_config().model, config, trace, groups_of_budget(trace, config))
   return compare(measurement, repeats=1 if settings.quick else 2)
 
 

@@ -9,7 +9,8 @@ from math import nan
 from ring_jax.studies import figures
 from ring_jax.studies.statistics import Interval, interval, paired
 from ring_jax.studies.study import Results, Table
-from ring_jax.studies.training import accuracies, smoothed
+from ring_jax.studies.training import accuracies
+from ring_jax.train.report import metrics
 
 METRICS = (
   "reward", "grad_norm", "mismatch/delta_mean", "mismatch/delta_max", "mismatch/kl_k3", "mismatch/masked_low",
@@ -66,10 +67,10 @@ def _against(results: Results, base: str, arm: str) -> Interval:
 
 def mismatch_table(results: Results, labels: Labels) -> Table:
   def last(arm: str, name: str) -> Interval:
-    return interval([smoothed(one["series"][name], WINDOW)[-1] for one in results.of(arm)])
+    return interval([last_steps(one["series"][name]) for one in results.of(arm)])
 
   def first(arm: str, name: str) -> Interval:
-    return interval([smoothed(one["series"][name][:WINDOW], WINDOW)[-1] for one in results.of(arm)])
+    return interval([first_steps(one["series"][name]) for one in results.of(arm)])
 
   def largest(arm: str, name: str) -> Interval:
     return interval(
@@ -101,7 +102,7 @@ def panels(results: Results, labels: Labels) -> bytes:
   def series(name: str) -> dict[str, figures.Curves]:
     found = {}
     for arm, label in labels.items():
-      runs = [smoothed(one["series"][name], WINDOW) for one in results.of(arm)]
+      runs = [metrics.smoothed(one["series"][name], WINDOW) for one in results.of(arm)]
       found[label] = (range(1, len(runs[0]) + 1), runs)
     return found
 
@@ -130,7 +131,17 @@ def with_results(results: Results, labels: Labels) -> Labels:
   return {arm: label for arm, label in labels.items() if arm in results.arms()}
 
 
+def first_steps(values: Sequence[float | None]) -> float:
+  """The mean of the first `WINDOW` values."""
+  return metrics.smoothed(values[:WINDOW], WINDOW)[-1]
+
+
+def last_steps(values: Sequence[float | None]) -> float:
+  """The mean of the last `WINDOW` values."""
+  return metrics.smoothed(values[-WINDOW:], WINDOW)[-1]
+
+
 def ratio_of_ends(values: Sequence[float]) -> float:
   """Mean of the last steps / mean of the first ones; NaN where the first is 0."""
-  first, last = (smoothed(part, WINDOW)[-1] for part in (values[:WINDOW], values))
-  return last / first if first else float("nan")
+  first = first_steps(values)
+  return last_steps(values) / first if first else nan

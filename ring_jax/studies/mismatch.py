@@ -28,7 +28,7 @@ from ring_jax.rl.metrics import step_metrics
 from ring_jax.studies import figures
 from ring_jax.studies.statistics import interval
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
-from ring_jax.studies.training import COLD, cold_start, quick
+from ring_jax.studies.training import COLD, cold_start, from_cold_starts, quick
 from ring_jax.train.assets import prepare_tasks
 from ring_jax.train.evaluation import Evaluator
 from ring_jax.train.scoring import Scorer
@@ -66,10 +66,7 @@ class Mismatch(Study):
   )
 
   def points(self, settings: Settings) -> list[Point]:
-    seeds = range(1 if settings.quick else settings.seeds)
-    cold = [Point(COLD, seed) for seed in seeds]
-    engines = _QUICK if settings.quick else tuple(ENGINES)
-    return cold + [Point(arm, one.seed, needs=(one.name,)) for one in cold for arm in engines]
+    return from_cold_starts(settings, _QUICK if settings.quick else ENGINES)
 
   def measure(self, point: Point, settings: Settings, place: Place) -> Result:
     config = config_of(settings)
@@ -173,8 +170,7 @@ def _compared(
     "tokens": len(logp_N),
     "reward": float(np.mean([one.reward for one in rollouts])),
     "by_position": [float(distance_N[positions == one].mean()) for one in range(positions.max() + 1)],
-    "other_experts": _other_experts(rollouts, experts, own),
-    "with_other_experts": _delta_by_experts(rollouts, experts, own, distance_N),
+    **_by_experts(rollouts, experts, own, distance_N),
   }
 
 
@@ -185,25 +181,20 @@ def _differing(rollout: Rollout, one: dict[int, np.ndarray], other: dict[int, np
   return (sets[0] != sets[1]).any(axis=1)
 
 
-def _other_experts(rollouts: Sequence[Rollout], experts: Experts, own: Experts) -> dict[str, float]:
-  """Share of the answers' tokens, by layer."""
-  shares = {}
-  for layer in sorted(own[0]):
-    differing = [_differing(*three, layer) for three in zip(rollouts, experts, own, strict=True)]
-    shares[str(layer)] = float(np.concatenate(differing).mean())
-  return shares
-
-
-def _delta_by_experts(
+def _by_experts(
   rollouts: Sequence[Rollout], experts: Experts, own: Experts, distance_N: np.ndarray
-) -> dict[str, float | None]:
-  """Mean |delta| of tokens that take the same experts in all layers, and of the others."""
-  layers = sorted(own[0])
-  other_N = np.concatenate([
-    np.any([_differing(*three, layer) for layer in layers], axis=0) for three in zip(rollouts, experts, own, strict=True)
-  ])  # fmt: skip
+) -> dict[str, dict[str, float | None]]:
+  """Share of the answers' tokens that take other experts, by layer; mean |delta| of those that do in any, and of the others."""
+  differing = {
+    layer: np.concatenate([_differing(*three, layer) for three in zip(rollouts, experts, own, strict=True)])
+    for layer in sorted(own[0])
+  }
+  other_N = np.any(list(differing.values()), axis=0)
   mean = lambda chosen: float(distance_N[chosen].mean()) if chosen.any() else None  # noqa: E731
-  return {"same": mean(~other_N), "other": mean(other_N)}
+  return {
+    "other_experts": {str(layer): float(differing_N.mean()) for layer, differing_N in differing.items()},
+    "with_other_experts": {"same": mean(~other_N), "other": mean(other_N)},
+  }
 
 
 # ---- what it says

@@ -12,7 +12,6 @@ from configs.schema import ConfigError
 from ring_jax.studies import figures
 from ring_jax.studies.statistics import interval
 from ring_jax.studies.study import Table
-from ring_jax.studies.training import smoothed
 from ring_jax.train.report import metrics
 
 _COLUMNS = 3  # of the picture
@@ -39,8 +38,7 @@ def read(texts: Sequence[str], phase: str) -> list[Group]:
 
 
 def _read(path: pathlib.Path, phase: str) -> list[dict[str, Any]]:
-  both = [metrics.read(path / f"{name}.jsonl") for name in ("metrics", "timings")]
-  steps, timings = ([record for record in records if record["phase"] == phase] for records in both)
+  steps, timings = ([record for record in log if record["phase"] == phase] for log in metrics.read_logs(path))
   if not steps:
     raise ConfigError(f"--runs: {path} holds no steps of {phase}")
   timed = {record["step"]: record for record in timings}
@@ -62,7 +60,7 @@ def curves_of(group: Group, metric: str, window: int) -> figures.Curves | None:
     pairs = [(step, record[metric]) for step, record in enumerate(run, 1) if record.get(metric) is not None]
     if pairs:
       steps, values = zip(*pairs, strict=True)
-      found.append((steps, smoothed(values, window if len(pairs) == len(run) else 1)))
+      found.append((steps, metrics.smoothed(values, window if len(pairs) == len(run) else 1)))
   if not found:
     return None
   length = min(len(steps) for steps, _ in found)

@@ -3,13 +3,13 @@
 import datetime
 import os
 import pathlib
-import platform
 from collections.abc import Sequence
 
 import jax
 
 from ring_jax.studies.study import Report, Settings, Study, Table
 from ring_jax.train.workdir import write_atomic
+from rollout.bench.host import processor
 
 
 def write(folder: pathlib.Path, study: Study, settings: Settings, report: Report, minutes: float) -> pathlib.Path:
@@ -75,10 +75,4 @@ def _seeds(settings: Settings) -> str:
 
 def machine() -> str:
   """Processor and cores, in words."""
-  model = platform.processor() or platform.machine()
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-  except OSError:
-    pass
-  return f"{len(os.sched_getaffinity(0))} cores of {model}"
+  return f"{len(os.sched_getaffinity(0))} cores of {processor()}"

@@ -23,6 +23,7 @@ from ring_jax.planning import measured
 from ring_jax.planning.report import best_of_each
 from ring_jax.planning.rollouts import Rollouts
 from ring_jax.planning.roofline import Roofline
+from ring_jax.studies.scale import SIZES
 from ring_jax.studies.study import Place, Point, Report, Result, Results, Settings, Study, Table
 from ring_jax.train.job import run_job
 from ring_jax.train.report import metrics
@@ -44,36 +45,32 @@ STRATEGIES = ("colocated", "interleaving", "disaggregated", "naive")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  wide: bool  # 3.7 million parameters, else 0.2
+  size: str  # of `scale.SIZES`
   devices: int
   answer: int  # tokens, at most
   predicted: bool = True  # the law that is fitted to the calibration is of its model
 
   @property
   def label(self) -> str:
-    return f"{'3.7' if self.wide else '0.2'}M parameters, {self.devices} devices, answers of up to {self.answer}"
+    return f"{SIZES[self.size][0]} parameters, {self.devices} devices, answers of up to {self.answer}"
 
 
 SETTINGS: Mapping[str, Setting] = {
-  "wide_8_108": Setting(True, 8, 108),
-  "wide_4_108": Setting(True, 4, 108),
-  "wide_8_24": Setting(True, 8, 24),
-  "tiny_8_108": Setting(False, 8, 108, predicted=False),
+  "wide_8_108": Setting("wide", 8, 108),
+  "wide_4_108": Setting("wide", 4, 108),
+  "wide_8_24": Setting("wide", 8, 24),
+  "tiny_8_108": Setting("tiny", 8, 108, predicted=False),
 }
-_QUICK = {"quick": Setting(False, 2, 24)}
+_QUICK = {"quick": Setting("tiny", 2, 24)}
 _PODS = {"ring_mini": ("v5p:2x2x4", "v5p:4x4x4", "v5p:8x8x8")}
 
 
 def config_of(setting: Setting, settings: Settings) -> RunConfig:
   """RLHF from random weights: what it learns does not matter, what it computes does."""
-  base = ring_tiny_rlhf.get_config()
-  size = {
-    "hidden_size": "256", "num_hidden_layers": "4", "intermediate_size": "768", "moe_intermediate_size": "128",
-  }  # fmt: skip
   return override(
-    base,
+    ring_tiny_rlhf.get_config(),
     {
-      **({f"model.{name}": value for name, value in size.items()} if setting.wide else {}),
+      **{f"model.{name}": value for name, value in SIZES[setting.size][1].items()},
       "name": "placement", "sft.steps": "0", "rl.steps": "0", "reward_model.steps": "1",
       "rlhf.steps": "6" if settings.quick else "10", "rlhf.eval_every": "0", "rlhf.optimizer.learning_rate": "1e-5",
       "rollout.slots": "8", "rollout.pool": "16", "rollout.max_tokens": str(setting.answer), "rollout.prefill_batch": "8",
@@ -169,9 +166,7 @@ def _timed(workdir: pathlib.Path) -> Result:
 
 
 def _read(workdir: pathlib.Path) -> measured.Run:
-  return measured.read_run(
-    workdir, _PHASE, *(metrics.read(workdir / f"{name}.jsonl") for name in ("metrics", "timings"))
-  )
+  return measured.read_run(workdir, _PHASE, *metrics.read_logs(workdir))
 
 
 def _predicted(points: Sequence[Point], settings: Settings, place: Place) -> Result:

@@ -11,7 +11,7 @@ from ring_jax.studies import comparing
 from ring_jax.studies.stability import config_of, with_objective
 from ring_jax.studies.statistics import paired
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study
-from ring_jax.studies.training import COLD, cold_start, smoothed, train
+from ring_jax.studies.training import COLD, cold_start, from_cold_starts, train
 
 _R3 = "_r3"
 ARMS: Mapping[str, str] = {
@@ -31,9 +31,7 @@ class RouterReplay(Study):
   )
 
   def points(self, settings: Settings) -> list[Point]:
-    arms = ("icepop", "icepop_r3") if settings.quick else tuple(ARMS)
-    cold = [Point(COLD, seed) for seed in range(1 if settings.quick else settings.seeds)]
-    return cold + [Point(arm, one.seed, needs=(one.name,)) for arm in arms for one in cold]
+    return from_cold_starts(settings, ("icepop", "icepop_r3") if settings.quick else ARMS)
 
   def measure(self, point: Point, settings: Settings, place: Place) -> Result:
     config = config_of(settings)
@@ -64,10 +62,7 @@ def _less(results: Results, labels: comparing.Labels) -> list[str]:
   if not {"icepop", "icepop_r3"} <= set(labels):
     return []
   first = [
-    [
-      smoothed(one["series"]["mismatch/delta_mean"][: comparing.WINDOW], comparing.WINDOW)[-1]
-      for one in results.of(arm)
-    ]
+    [comparing.first_steps(one["series"]["mismatch/delta_mean"]) for one in results.of(arm)]
     for arm in ("icepop", "icepop_r3")
   ]
   shares = paired([0.0] * len(first[0]), [after / before - 1 for before, after in zip(*first, strict=True)])

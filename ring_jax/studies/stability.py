@@ -24,7 +24,7 @@ from configs.schema import OBJECTIVES, RatioLevel, RunConfig
 from ring_jax.studies import comparing
 from ring_jax.studies.statistics import Interval, interval
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
-from ring_jax.studies.training import COLD, cold_start, quick, train
+from ring_jax.studies.training import COLD, cold_start, from_cold_starts, quick, train
 
 ARMS: Mapping[str, str] = {
   "icepop": "IcePop (0.5, 5)",
@@ -85,10 +85,7 @@ class Stability(Study):
   )
 
   def points(self, settings: Settings) -> list[Point]:
-    arms = ("icepop", "grpo_infer_old") if settings.quick else tuple(ARMS)
-    seeds = range(1 if settings.quick else settings.seeds)
-    cold = [Point(COLD, seed) for seed in seeds]
-    return cold + [Point(arm, one.seed, needs=(one.name,)) for arm in arms for one in cold]
+    return from_cold_starts(settings, ("icepop", "grpo_infer_old") if settings.quick else ARMS)
 
   def measure(self, point: Point, settings: Settings, place: Place) -> Result:
     config = config_of(settings)
@@ -98,12 +95,14 @@ class Stability(Study):
 
   def report(self, settings: Settings, results: Results) -> Report:
     labels = comparing.with_results(results, ARMS)
+    delta = {arm: [one["series"]["mismatch/kl_k3"] for one in results.of(arm)] for arm in labels}
+    fits = {arm: slope(runs) for arm, runs in delta.items()}
     return Report(
-      findings=[*comparing.findings(results, labels), *_whether_it_compounds(results, labels)],
+      findings=[*comparing.findings(results, labels), *_whether_it_compounds(labels, fits)],
       tables=[
         comparing.accuracy_table(results, labels),
         comparing.mismatch_table(results, labels),
-        _compounding(results, labels),
+        _compounding(labels, delta, fits),
       ],
       figures=_pictures(results, labels),
       not_shown=[
@@ -153,12 +152,8 @@ def _verdict(s: Interval) -> str:
   return "compounds" if s.mean > s.half else "returns" if s.mean < -s.half else "not told"
 
 
-def _delta(results: Results, arm: str) -> list[list[float]]:
-  return [one["series"]["mismatch/kl_k3"] for one in results.of(arm)]
-
-
-def _whether_it_compounds(results: Results, labels: comparing.Labels) -> list[str]:
-  verdicts = {label: _verdict(slope(_delta(results, arm))[0]) for arm, label in labels.items()}
+def _whether_it_compounds(labels: comparing.Labels, fits: Mapping[str, tuple[Interval, float]]) -> list[str]:
+  verdicts = {label: _verdict(fits[arm][0]) for arm, label in labels.items()}
   if not any(verdicts.values()):
     return []
   compounding = [label for label, verdict in verdicts.items() if verdict == "compounds"]
@@ -166,11 +161,13 @@ def _whether_it_compounds(results: Results, labels: comparing.Labels) -> list[st
   return [f"That the discrepancy compounds, as the paper's theorem says of biased updates, is seen {seen}."]
 
 
-def _compounding(results: Results, labels: comparing.Labels) -> Table:
+def _compounding(
+  labels: comparing.Labels, delta: Mapping[str, list[list[float]]], fits: Mapping[str, tuple[Interval, float]]
+) -> Table:
   rows = []
   for arm, label in labels.items():
-    s, a = slope(_delta(results, arm))
-    growth = interval([comparing.ratio_of_ends(one) for one in _delta(results, arm)])
+    s, a = fits[arm]
+    growth = interval([comparing.ratio_of_ends(one) for one in delta[arm]])
     rows.append([label, growth.format(2), *([s.format(2), f"{a:.4f}"] if s.count else ["", ""]), _verdict(s)])
   return Table(
     f"Does it compound: KL(infer || train) of blocks of {_BLOCK} steps", ["", "KL, last / first", "s, a block", "a", "verdict"],

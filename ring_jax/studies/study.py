@@ -20,6 +20,10 @@ class Settings:
   seeds: int = 5
   quick: bool = False  # a form that takes at most two minutes and shows that all of it works, not what it says
 
+  @property
+  def all_seeds(self) -> range:
+    return range(1 if self.quick else self.seeds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:

@@ -6,11 +6,11 @@ are ordinary runs of ring_jax.train.job in an ordinary workdir, to be looked at 
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from configs.schema import RunConfig
-from ring_jax.studies.study import Place, Result
+from ring_jax.studies.study import Place, Point, Result, Settings
 from ring_jax.train.job import run_job
 from ring_jax.train.report import metrics
 
@@ -27,6 +27,12 @@ def quick(config: RunConfig, steps: int = 4) -> RunConfig:
     rl=dataclasses.replace(config.rl, steps=steps, eval_every=0),
     eval=dataclasses.replace(config.eval, problems=16, samples=2, slots=32),
   )
+
+
+def from_cold_starts(settings: Settings, arms: Iterable[str]) -> list[Point]:
+  """A cold start a seed, and every arm from it; arm by arm, so that what all seeds say of the first ones is known early."""
+  cold = [Point(COLD, seed) for seed in settings.all_seeds]
+  return cold + [Point(arm, one.seed, needs=(one.name,)) for arm in arms for one in cold]
 
 
 def cold_start(config: RunConfig, seed: int, place: Place) -> Result:
@@ -52,8 +58,7 @@ def train(config: RunConfig, seed: int, place: Place, names: Sequence[str]) -> R
 
 def history(workdir: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
   """What a run of RL logged: `series` by metric and `seconds` by stage, a value a step; `probes` of held-out problems."""
-  logged = [record for record in metrics.read(workdir / "metrics.jsonl") if record["phase"] == "rl"]
-  timed = [record for record in metrics.read(workdir / "timings.jsonl") if record["phase"] == "rl"]
+  logged, timed = ([record for record in log if record["phase"] == "rl"] for log in metrics.read_logs(workdir))
   stages = sorted({name for record in timed for name in record if name.startswith("seconds/")})
   return {
     "series": {name: [record.get(name) for record in logged] for name in names},
@@ -62,15 +67,6 @@ def history(workdir: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
       [step, record["held_out_accuracy"]] for step, record in enumerate(logged, 1) if "held_out_accuracy" in record
     ],
   }
-
-
-def smoothed(values: Sequence[float | None], window: int) -> list[float]:
-  """Mean of the last `window` values that there are, fewer at the beginning; NaN where there is none."""
-  found = []
-  for end in range(1, len(values) + 1):
-    own = [value for value in values[max(0, end - window) : end] if value is not None]
-    found.append(sum(own) / len(own) if own else float("nan"))
-  return found
 
 
 def accuracies(result: Result) -> tuple[list[int], list[float]]:

@@ -17,7 +17,6 @@ difference of more than 1e-4 in a log-prob is an error.
 import json
 import os
 import pathlib
-import platform
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from absl import app, flags
 from configs.schema import ModelConfig, RolloutDtype
 from ring_jax.model import Params, num_params
 from rollout.bench import models, report
-from rollout.bench.host import HostShare
+from rollout.bench.host import HostShare, processor
 from rollout.bench.ours import Ours
 from rollout.bench.peers import Peer, PeerError
 
@@ -132,7 +131,7 @@ def measure() -> dict[str, Any]:
     "rounds": _ROUNDS.value,
     "decode_shape": f"{_TOKENS.value} tokens after {_PROMPT.value}",
     "prefill_shape": f"{_LONG_PROMPT.value} tokens",
-    "machine": {"processor": _processor(), "threads": threads, "clock": _CLOCK.value},
+    "machine": {"processor": processor(), "threads": threads, "clock": _CLOCK.value},
     "versions": {"jax": jax.__version__},
     "decode": {}, "prefill": {}, "host_share": {}, "largest_logp_difference": {},
   }  # fmt: skip
@@ -169,15 +168,6 @@ def _measure_batch(result: dict[str, Any], batch: _Batch, slots: int) -> None:
   for round_ in range(_ROUNDS.value + 1):
     batch.round(counted=round_ > 0)
   result["decode"][slots], result["prefill"][slots] = report.summary(batch.decode), report.summary(batch.prefill)
-
-
-def _processor() -> str:
-  """Its model name, where Linux tells it."""
-  try:
-    said = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  except OSError:
-    return platform.machine()
-  return next((line.split(":", 1)[1].strip() for line in said if line.startswith("model name")), platform.machine())
 
 
 def main(argv: list[str]) -> None:

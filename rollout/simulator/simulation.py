@@ -63,6 +63,11 @@ def in_batches(config: RolloutConfig, schedule: RolloutSchedule, groups: int, la
   )
 
 
+def groups_of_budget(trace: Trace, config: RolloutConfig) -> int:
+  """Groups of a batch that makes as many tokens an update as C3PO++'s budget."""
+  return max(1, round(config.token_budget / (trace.mean * trace.group_size)))
+
+
 class Simulation:
   """`iterate` runs one iteration; `run` all of them, to the end of the trace.
 

@@ -7,7 +7,7 @@ import pytest
 
 from ring_jax.studies.stability import slope
 from ring_jax.studies.statistics import band, interval, paired
-from ring_jax.studies.training import smoothed
+from ring_jax.train.report.metrics import smoothed
 
 
 def test_students_interval_by_hand():

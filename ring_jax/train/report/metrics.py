@@ -17,7 +17,7 @@ import math
 import numbers
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tensorboardX import SummaryWriter
@@ -133,6 +133,20 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     if isinstance(record, dict) and "step" in record:
       records.append(record)
   return records
+
+
+def read_logs(workdir: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """Records of a run's metrics.jsonl and of its timings.jsonl."""
+  return read(workdir / "metrics.jsonl"), read(workdir / "timings.jsonl")
+
+
+def smoothed(values: Sequence[float | None], window: int) -> list[float]:
+  """Mean of the last `window` values that there are, fewer at the beginning; NaN where there is none."""
+  found = []
+  for end in range(1, len(values) + 1):
+    own = [value for value in values[max(0, end - window) : end] if value is not None]
+    found.append(sum(own) / len(own) if own else math.nan)
+  return found
 
 
 def _line(record: Mapping[str, Any]) -> str:

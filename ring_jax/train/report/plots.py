@@ -68,7 +68,7 @@ def _draw_reward(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
   steps, rewards = _series(_of(records, "rl"), "reward")
   if len(steps):
     axes.plot(steps, rewards, color=_BLUE, alpha=0.3, linewidth=0.9, label="reward of a step")
-    axes.plot(steps, _running_mean(rewards), color=_BLUE, linewidth=1.9, label=f"mean of {_WINDOW} steps")
+    axes.plot(steps, metrics.smoothed(rewards, _WINDOW), color=_BLUE, linewidth=1.9, label=f"mean of {_WINDOW} steps")
   probes = np.array(_series(records, "held_out_accuracy"))
   if probes.size:
     axes.plot(*probes, "o", color=_ORANGE, markersize=4, label="held-out accuracy, probe")
@@ -120,7 +120,7 @@ def _draw_below(axes: Axes, records: Sequence[Mapping[str, Any]]) -> None:
     right = axes.twinx()
     percent = 100 * masked[1]
     right.plot(masked[0], percent, color=_ORANGE, alpha=0.3, linewidth=0.9)
-    handles += right.plot(masked[0], _running_mean(percent), color=_ORANGE, linewidth=1.6)
+    handles += right.plot(masked[0], metrics.smoothed(percent, _WINDOW), color=_ORANGE, linewidth=1.6)
     labels.append("masked by IcePop")
     right.set_ylim(0, max(1.4 * percent.max(), 0.1))
     right.set_ylabel("% of tokens", color=_ORANGE)
@@ -159,10 +159,3 @@ def _series(records: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray
   pairs = [(record["step"], record[name]) for record in records if record.get(name) is not None]
   steps, values = zip(*pairs, strict=True) if pairs else ((), ())
   return np.array(steps), np.array(values, float)
-
-
-def _running_mean(values: np.ndarray) -> np.ndarray:
-  """Of the last `_WINDOW` values, fewer at the start."""
-  sums = np.cumsum(values)
-  sums[_WINDOW:] = sums[_WINDOW:] - sums[:-_WINDOW]
-  return sums / np.minimum(np.arange(1, len(values) + 1), _WINDOW)
