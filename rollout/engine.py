@@ -105,7 +105,7 @@ class RingEngine(engine_api.Engine):
       raise ValueError(f"vocab_mask_V has shape {vocab_mask_V.shape}, the model has {model.vocab_size} ids")
     self.config = config
     self.model = computed_model(model, config)
-    self._rules, self._mesh = self.model.parallel.rules, mesh
+    self._rules, self._mesh, self._platform = self.model.parallel.rules, mesh, rules.platform(mesh)
     self.eos_ids = frozenset(eos_ids)
     self._eos = jnp.asarray(sorted(eos_ids), jnp.int32)
     self._mask_V = jnp.asarray(vocab_mask_V)
@@ -409,6 +409,9 @@ class RingEngine(engine_api.Engine):
 
   def _decode_fn(self, stored, state: DecodeState, steps: int) -> tuple[DecodeState, Decoded]:
     params, records = weights.unpack(stored, self.model.dtype), self.config.router_replay
+    by_bits = isinstance(state.cache, DenseCache) and self.model.dtype == "bfloat16" and self._platform == "cpu"
+    if by_bits:
+      state = state._replace(cache=state.cache.bits())
 
     def step(state: DecodeState, _):
       active_B = state.remaining_B > 0
@@ -439,6 +442,8 @@ class RingEngine(engine_api.Engine):
       return state, Decoded(token_B, logp_B, active_B, experts_BxLxK)
 
     state, drawn = jax.lax.scan(step, state, length=steps)
+    if by_bits:
+      state = state._replace(cache=state.cache.values())
     # Whole on every device, so that any process can read it.
     return state, jax.tree.map(lambda x: rules.reshard(x, self._rules, *[None] * x.ndim), drawn)
 

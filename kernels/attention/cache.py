@@ -13,12 +13,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.bits import bits, values
+
 
 class DenseCache(NamedTuple):
-  """Keys lie with the position last, which makes decode's q.k a plain matrix product."""
+  """Keys lie with the position last, which makes decode's q.k a plain matrix product.
 
-  k_LxBxKxdxS: jax.Array
+  Of a bfloat16 cache, steps on a CPU go over the bits (kernels/bits.py).
+  """
+
+  k_LxBxKxdxS: jax.Array  # floating point, or the bits of bfloat16 as uint16
   v_LxBxKxSxd: jax.Array
+
+  def bits(self) -> "DenseCache":
+    """A bfloat16 cache as uint16."""
+    return DenseCache(*map(bits, self))
+
+  def values(self) -> "DenseCache":
+    """The inverse of `bits`."""
+    return DenseCache(*map(values, self))
 
   def write(
     self, layer: jax.Array | int, k_BxKxd: jax.Array, v_BxKxd: jax.Array, positions_B: jax.Array, active_B: jax.Array
@@ -27,6 +40,8 @@ class DenseCache(NamedTuple):
     rows = jnp.arange(len(positions_B))
     # Beyond the last position a scatter drops what it is given.
     at_B = jnp.where(active_B, positions_B, self.k_LxBxKxdxS.shape[-1])
+    if self.k_LxBxKxdxS.dtype == jnp.uint16:
+      k_BxKxd, v_BxKxd = (bits(x.astype(jnp.bfloat16)) for x in (k_BxKxd, v_BxKxd))
     return DenseCache(
       self.k_LxBxKxdxS.at[layer, rows, :, :, at_B].set(k_BxKxd, mode="drop"),
       self.v_LxBxKxSxd.at[layer, rows, :, at_B].set(v_BxKxd, mode="drop"),

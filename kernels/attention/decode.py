@@ -34,6 +34,7 @@ def decode_attention(
   Args:
     q_BxHxd: queries; query head h reads key head h // (H / K).
     cache: keys and values, the new token's own among them.  What stands beyond a slot's length must be finite.
+      `DenseCache.bits` is for a CPU alone.
     lengths_B: int32; 0 marks an idle slot, which gives zeros.
     layer: which layer of the cache.
     page_table_BxW: int32, with a PagedCache; see there.
@@ -57,6 +58,8 @@ def decode_attention(
       "decode_attention: implementation='ragged_paged' reads pages, this cache is dense",
     )
     arguments = q_BxHxd, cache, lengths_B, layer
+    if cache.k_LxBxKxdxS.dtype == jnp.uint16:
+      return decode_dense_blocks(*arguments)
     return jax.lax.platform_dependent(*arguments, cpu=decode_dense_blocks, default=_decode_dense)
   out_Bx1xHxd = _attend_pages(q_BxHxd[:, None], cache, page_table_BxW, lengths_B - 1, layer, chosen)
   return jnp.where((lengths_B > 0)[:, None, None], out_Bx1xHxd[:, 0], 0)

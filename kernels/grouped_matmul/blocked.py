@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from kernels.bits import bits, widened
+
 Carry = TypeVar("Carry")
 
 # Measured on a CPU (docs/objective.md).  From 128 rows a group on: 256 rows reach the speed of a plain matmul, tails of
@@ -124,20 +126,6 @@ def forward(lhs_MxK: jax.Array, rhs_ExKxN: jax.Array, group_sizes_E: jax.Array) 
   return _for_groups(group_sizes_E, out_MxN, group)
 
 
-def widened(x: jax.Array) -> jax.Array:
-  """bfloat16 as float32, which is how a CPU multiplies it anyway; other types as they are.
-
-  A plain cast of a weight, or a slice of it in bfloat16, does not depend on the step, so XLA casts the whole stack before
-  the loop over steps.  It does not see through this one, which is the same number.
-
-  Args:
-    x: floating point, or the bits of bfloat16 as uint16.
-  """
-  if x.dtype == jnp.bfloat16:
-    x = lax.bitcast_convert_type(x, jnp.uint16)
-  return x if x.dtype != jnp.uint16 else lax.bitcast_convert_type(x.astype(jnp.uint32) << 16, jnp.float32)
-
-
 def gated_experts(
   rows_MxD: jax.Array, gate_up_LxExDxG: jax.Array, down_LxExFxD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array
 ) -> jax.Array:
@@ -147,12 +135,12 @@ def gated_experts(
   first, as a scan over layers does, they are a copy of all its experts, and that was most of a decode step.)
   """
   num_rows, num_groups = rows_MxD.shape[0], down_LxExFxD.shape[1]
-  out_MxD = jnp.zeros_like(rows_MxD)
   if num_rows == 0 or num_groups == 0:
-    return out_MxD
-  sizes = block_sizes(num_rows, num_groups)
+    return jnp.zeros_like(rows_MxD)
+  sizes, dtype = block_sizes(num_rows, num_groups), rows_MxD.dtype
+  rows_MxD = widened(rows_MxD)
   if down_LxExFxD.dtype == jnp.bfloat16:
-    gate_up_LxExDxG, down_LxExFxD = (lax.bitcast_convert_type(x, jnp.uint16) for x in (gate_up_LxExDxG, down_LxExFxD))
+    gate_up_LxExDxG, down_LxExFxD = bits(gate_up_LxExDxG), bits(down_LxExFxD)
 
   def matrix(stack_LxExKxN: jax.Array, e: jax.Array) -> jax.Array:
     zero = jnp.zeros((), e.dtype)
@@ -164,14 +152,14 @@ def gated_experts(
 
     def block(size: int, first: jax.Array, ragged: bool, out_MxD: jax.Array) -> jax.Array:
       place, own_Bx1 = _place(first, start + count, size, num_rows) if ragged else (first, None)
-      hidden_BxG = _dot(widened(_rows(rows_MxD, place, size)), gate_up_DxG, (1, 0)).astype(out_MxD.dtype)
+      hidden_BxG = _dot(_rows(rows_MxD, place, size), gate_up_DxG, (1, 0)).astype(dtype)
       gate_BxF, up_BxF = jnp.split(hidden_BxG, 2, axis=-1)
-      out_BxD = _dot(widened(jax.nn.silu(gate_BxF) * up_BxF), down_FxD, (1, 0)).astype(out_MxD.dtype)
+      out_BxD = _dot(widened(jax.nn.silu(gate_BxF) * up_BxF), down_FxD, (1, 0))
       return _put(out_MxD, out_BxD, place, own_Bx1)
 
     return _for_blocks(sizes, start, count, out_MxD, block)
 
-  return _for_groups(group_sizes_E, out_MxD, group)
+  return _for_groups(group_sizes_E, jnp.zeros_like(rows_MxD), group).astype(dtype)
 
 
 def backward(

@@ -9,10 +9,14 @@ lies in the workdir, or where --pages says.  docs/evidence.md has what they show
 """
 
 import pathlib
+import signal
+import sys
+from typing import Any
 
 from absl import flags
 
 from configs.schema import ConfigError
+from configs.status import ExitStatus
 from ring_jax.launch import app
 from ring_jax.studies import page
 from ring_jax.studies.catalogue import STUDIES
@@ -31,7 +35,12 @@ def define_flags() -> None:
   flags.DEFINE_bool("measure", True, "False: write the page of what has been measured.")
 
 
+def _leave(*_: Any) -> None:
+  sys.exit(ExitStatus.PREEMPTED)  # the runner sees it, and lets its points save what they have
+
+
 def main() -> None:
+  signal.signal(signal.SIGTERM, _leave)
   settings = Settings(seeds=FLAGS.seeds, quick=FLAGS.quick)
   workdir = pathlib.Path(FLAGS.workdir)
   if workdir.exists() and not workdir.is_dir():

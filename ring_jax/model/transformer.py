@@ -69,10 +69,13 @@ class Block(nnx.Module):
         out_BxTxD, routed = self.mlp(self.post_norm(x_BxTxD)), None
       return x_BxTxD + out_BxTxD, routed
 
-  def __call__(self, x_BxTxD, rotary, segment_ids_BxT, given_BxTxK=None, *, prefill=False, record=False):
+  def __call__(self, x_BxTxD, rotary, segment_ids_BxT, given_BxTxK=None, *, index=None, prefill=False, record=False):
+    """`index`: see `decode`; None where the layer holds its own experts."""
     with jax.named_scope("attention"):
       out_BxTxD, kv = self.attention(self.input_norm(x_BxTxD), rotary, segment_ids_BxT, prefill)
-    x_BxTxD, routed = self._feed_forward(x_BxTxD + out_BxTxD, segment_ids_BxT > 0, given_BxTxK, record=record)
+    x_BxTxD, routed = self._feed_forward(
+      x_BxTxD + out_BxTxD, segment_ids_BxT > 0, given_BxTxK, index=index, record=record
+    )
     return x_BxTxD, routed, kv
 
   def decode(self, x_Bx1xD, rotary, positions_B, active_B, cache, layer, index, page_table_BxW, *, record):
@@ -84,13 +87,13 @@ class Block(nnx.Module):
     x_Bx1xD, routed = self._feed_forward(x_Bx1xD + out_Bx1xD, active_B[:, None], index=index, record=record)
     return x_Bx1xD, cache, routed
 
-  def extend(self, x_BxTxD, rotary, starts_B, counts_B, cache, layer, page_table_BxW):
+  def extend(self, x_BxTxD, rotary, starts_B, counts_B, cache, layer, index, page_table_BxW):
     with jax.named_scope("attention"):
       out_BxTxD, cache = self.attention.extend(
         self.input_norm(x_BxTxD), rotary, starts_B, counts_B, cache, layer, page_table_BxW
       )
     valid_BxT = jnp.arange(x_BxTxD.shape[1]) < counts_B[:, None]
-    x_BxTxD, _ = self._feed_forward(x_BxTxD + out_BxTxD, valid_BxT)
+    x_BxTxD, _ = self._feed_forward(x_BxTxD + out_BxTxD, valid_BxT, index=index)
     return x_BxTxD, cache
 
 
@@ -182,20 +185,26 @@ class RingModel(nnx.Module):
       experts_LxBxTxK = rules.reshard(experts_LxBxTxK, self.config.parallel.rules, None, "batch", None, None)
     counts, caches, experts = [jnp.zeros((0, self.config.num_experts), jnp.int32)], [], None
     for stack in self._stacks():
-      graph, stacked = nnx.split(stack)
+      graph, experts, cut = _split(stack, cut_experts=not return_kv)  # with keys and values no gradient is asked for
 
-      def layer(x, scanned, graph=graph):
-        params, given = scanned
+      def layer(x, cut, graph=graph, experts=experts):
+        (params, index), given = cut
         x = checkpoint_name(x, _INPUT)
-        x, routed, kv = nnx.merge(graph, params)(
-          x, rotary, segment_ids_BxT, given, prefill=return_kv, record=return_experts
+        x, routed, kv = nnx.merge(graph, experts, params)(
+          x,
+          rotary,
+          segment_ids_BxT,
+          given,
+          index=index if return_kv else None,
+          prefill=return_kv,
+          record=return_experts,
         )
         return x, (routed, kv if return_kv else None)
 
       if self.config.remat is not Remat.NONE:
         layer = jax.checkpoint(layer, policy=_REMAT_POLICY[self.config.remat])
       given = experts_LxBxTxK if hasattr(stack, "moe") else None
-      x_BxTxD, (routed, kv) = jax.lax.scan(layer, x_BxTxD, (stacked, given))
+      x_BxTxD, (routed, kv) = jax.lax.scan(layer, x_BxTxD, (cut, given))
       if routed is not None:
         counts.append(routed.counts_E)
         experts = routed.ids_BxTxK
@@ -217,21 +226,19 @@ class RingModel(nnx.Module):
     carry = (self.embed(tokens_B[:, None]), cache)
     first, chosen = 0, None
     for stack in self._stacks():
-      # A scan would copy a layer's experts, of which a step needs few.
-      graph, experts, scanned = nnx.split(stack, lambda path, _: "experts" in path, ...)
+      graph, experts, cut = _split(stack)
 
-      def layer(carry, scanned, graph=graph, experts=experts, first=first):
-        params, index = scanned
+      def layer(carry, cut, graph=graph, experts=experts, first=first):
+        params, index = cut
         *carry, routed = nnx.merge(graph, experts, params).decode(
           carry[0], rotary, positions_B, active_B, carry[1], first + index, index, page_table_BxW, record=return_experts
         )
         return tuple(carry), routed.ids_BxTxK if return_experts and routed else None
 
-      depth = jax.tree.leaves(scanned)[0].shape[0]
       # The cache is carried, not scanned over: as a carry it is updated in place.
-      carry, ids_LxBx1xK = jax.lax.scan(layer, carry, (scanned, jnp.arange(depth)))
+      carry, ids_LxBx1xK = jax.lax.scan(layer, carry, cut)
       chosen = chosen if ids_LxBx1xK is None else ids_LxBx1xK[:, :, 0]
-      first += depth
+      first += len(cut[1])
     x_Bx1xD, cache = carry
     hidden_BxD = self.final_norm(x_Bx1xD)[:, 0]
     return (hidden_BxD, cache, chosen) if return_experts else (hidden_BxD, cache)
@@ -245,16 +252,15 @@ class RingModel(nnx.Module):
     rotary = rotary_tables(self.config, starts_B[:, None] + jnp.arange(tokens_BxT.shape[1]))
     carry, first = (self.embed(tokens_BxT), cache), 0
     for stack in self._stacks():
-      graph, stacked = nnx.split(stack)
+      graph, experts, cut = _split(stack)
 
-      def layer(carry, scanned, graph=graph):
-        params, index = scanned
-        block = nnx.merge(graph, params)
-        return block.extend(carry[0], rotary, starts_B, counts_B, carry[1], index, page_table_BxW), None
+      def layer(carry, cut, graph=graph, experts=experts, first=first):
+        params, index = cut
+        block = nnx.merge(graph, experts, params)
+        return block.extend(carry[0], rotary, starts_B, counts_B, carry[1], first + index, index, page_table_BxW), None
 
-      depth = jax.tree.leaves(stacked)[0].shape[0]
-      carry, _ = jax.lax.scan(layer, carry, (stacked, jnp.arange(first, first + depth)))
-      first += depth
+      carry, _ = jax.lax.scan(layer, carry, cut)
+      first += len(cut[1])
     return carry[1]
 
 
@@ -265,3 +271,13 @@ def _stack(config: ModelConfig, moe: bool, depth: int, rngs: nnx.Rngs) -> Block:
     return Block(config, moe, rngs)
 
   return make(rngs)
+
+
+def _split(stack: Block, *, cut_experts: bool = False):
+  """(structure, the experts of all layers, (the other parameters, the number of each layer)): a scan goes over the last.
+
+  The scan would copy a layer's experts, of which a decode step needs few and a prefill each once.  Where gradients are
+  asked for they must come layer by layer, and the experts are among the others.
+  """
+  graph, experts, rest = nnx.split(stack, lambda path, _: not cut_experts and "experts" in path, ...)
+  return graph, experts, (rest, jnp.arange(len(jax.tree.leaves(rest)[0])))

@@ -66,7 +66,7 @@ def loop(filled, layer):
   q, k, v = (np.asarray(x, np.float64) for x in (filled.q, filled.k[layer], filled.v[layer]))
   out = np.zeros(q.shape)
   groups = q.shape[1] // k.shape[2]
-  for slot, length in enumerate(LENGTHS):
+  for slot, length in enumerate(filled.lengths.tolist()):
     for h in range(q.shape[1]) if length else ():
       scores = k[slot, :length, h // groups] @ q[slot, h] / np.sqrt(q.shape[2])
       weights = np.exp(scores - scores.max())
@@ -382,11 +382,32 @@ def test_errors():
     decode_attention(filled.q[:, :3], filled.dense, filled.lengths, layer=0)
 
 
+@pytest.mark.parametrize("positions", [16, 12, 128])
 @pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 8)])
-def test_dense_blocks_of_slots_and_positions(heads, monkeypatch):
-  """Groups of 4 of 6 slots, blocks of 16 of 40 positions: the last of both move back, and count nothing twice."""
-  filled = filled_with(heads)
-  monkeypatch.setattr(dense_blocks, "_POSITIONS", 16)
-  monkeypatch.setattr(dense_blocks, "_GROUP_BYTES", 4 * 16 * heads[1] * heads[2] * 4)
-  got = jax.jit(dense_blocks.decode_dense_blocks)(filled.q, filled.dense, filled.lengths, jnp.int32(1))
-  np.testing.assert_allclose(got, loop(filled, 1), atol=2e-6)
+def test_dense_blocks_of_slots_and_positions(heads, positions, monkeypatch):
+  """Groups of 4 of 6 slots, blocks of some of 40 positions: the last of both move back, and count nothing twice."""
+  filled = copy.copy(filled_with(heads))
+  monkeypatch.setattr(dense_blocks, "_POSITIONS", positions)
+  monkeypatch.setattr(dense_blocks, "_GROUP_BYTES", 4 * min(positions, LENGTH) * heads[1] * heads[2] * 4)
+  for most in (LENGTH, 23, PAGE, 1, 0):  # whole blocks and a half, halves alone, nothing
+    filled.lengths = jnp.minimum(jnp.asarray(LENGTHS, jnp.int32), most)
+    got = jax.jit(dense_blocks.decode_dense_blocks)(filled.q, filled.dense, filled.lengths, jnp.int32(1))
+    np.testing.assert_allclose(got, loop(filled, 1), atol=2e-6)
+
+
+def test_a_bfloat16_cache_by_its_bits():
+  """What is written is the same to the bit, what is read but for the rounding of the softmax."""
+  filled = filled_with((4, 2, 16), jnp.bfloat16)
+  new = jax.random.normal(jax.random.key(5), (2, SLOTS, 2, 16), jnp.bfloat16)
+  positions, active = filled.lengths % LENGTH, jnp.arange(SLOTS) != 2
+  written = jax.jit(DenseCache.write)(filled.dense, 1, *new, positions, active)
+  by_bits = jax.jit(DenseCache.write)(filled.dense.bits(), 1, *new, positions, active)
+  for one, other in zip(written, by_bits.values(), strict=True):
+    np.testing.assert_array_equal(one, other)
+  assert (written.v_LxBxKxSxd != filled.dense.v_LxBxKxSxd).any()
+  lengths = jnp.where(filled.lengths > 0, positions + 1, 0)
+  got = attend(filled.q, by_bits, lengths, layer=1)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+    *(x.astype(jnp.float32) for x in (got, attend(filled.q, written, lengths, layer=1))), atol=0.02
+  )

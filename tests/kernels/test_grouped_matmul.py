@@ -18,7 +18,7 @@ from jax.test_util import check_grads
 
 from configs.schema import ConfigError
 from kernels.grouped_matmul import Implementation, gated_experts, grouped_matmul, megablox
-from kernels.grouped_matmul.blocked import block_sizes, padded_rows, widened
+from kernels.grouped_matmul.blocked import block_sizes, padded_rows
 from sharding.topology import Topology
 
 # name: rows, group sizes.  Blocks are (256, 64) from 128 rows a group on, else one of 4 to 32.
@@ -372,9 +372,3 @@ def test_gated_experts_are_the_chosen_layer_s(layout, dtype):
   tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
   assert np.linalg.norm(np.asarray(got, np.float64) - want) <= tolerance * np.linalg.norm(want)
   assert not np.asarray(got[start:], np.float32).any()
-
-
-@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.390625, float("inf"), -float("inf"), 1e-40, 3e38])
-def test_widened_is_the_same_number(value):
-  x = jnp.asarray([value], jnp.bfloat16)
-  np.testing.assert_array_equal(widened(x).view(jnp.int32), np.asarray(x).astype(np.float32).view(np.int32))

@@ -118,6 +118,29 @@ def test_every_weight_dtype_decodes_and_differs_from_the_trainer(params, dtype):
   assert 1e-5 < np.mean(error) < 10
 
 
+def test_bfloat16_steps_by_bits_are_steps_by_values(params):
+  """A CPU's steps go over the bits of the cache; the state between dispatches does not show it."""
+  by_bits, by_values = (
+    RingEngine(MODEL, dataclasses.replace(CONFIG, dtype=RolloutDtype.BFLOAT16), eos_ids=[], vocab_mask_V=MASK, seed=3)
+    for _ in range(2)
+  )
+  by_values._platform = "gpu"  # what a program is compiled for is not what it is traced for: it runs here all the same
+  drawn = []
+  for one in (by_bits, by_values):
+    stored = one.load_params(params)
+    state = one.insert_batch(one.prefill_batch(stored, PROMPTS), one.init_decode_state(), GROUPS)
+    state, first = one.decode(stored, state, 1)
+    state, second = one.decode(stored, state, 1)
+    assert state.cache.k_LxBxKxdxS.dtype == state.cache.v_LxBxKxSxd.dtype == jnp.bfloat16
+    drawn.append(jax.device_get((first, second)))
+  same = np.ones(len(GROUPS), bool)
+  for bits, values in zip(*drawn, strict=True):
+    same &= (bits.token_NxB == values.token_NxB)[0]
+    # A token whose rounding chose another expert differs by more.
+    assert np.quantile(np.abs(bits.logp_NxB - values.logp_NxB)[0, same], 0.75) <= 0.1
+  assert same.sum() >= 10
+
+
 def test_released_slots_are_silent_and_the_others_go_on(params):
   stored = engine().load_params(params)
   state = engine().insert_batch(engine().prefill_batch(stored, PROMPTS), engine().init_decode_state(), GROUPS)

@@ -2,11 +2,14 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
+from configs.status import ExitStatus
 from ring_jax.studies import page
 from ring_jax.studies.runner import Runner, StudyError
 from ring_jax.studies.study import Settings
@@ -69,3 +72,22 @@ def test_what_cannot_be_gone_on_with_is_refused(tmp_path):
   (home / "first_seed0" / "result.json").write_text("{")
   with pytest.raises(StudyError, match=r"result\.json: is no result"):
     runner(home).results()
+
+
+def test_sigterm_ends_the_points_too(tmp_path):
+  (tmp_path / "small" / "first_seed0").mkdir(parents=True)
+  (tmp_path / "small" / "first_seed0" / "slow").touch()
+  program = (
+    "from ring_jax.launch import study; from tests.studies.small_study import Small; study.STUDIES['small'] = Small();"
+    " study.define_flags(); study.app.run(study.main)"
+  )
+  command = subprocess.Popen([sys.executable, "-c", program, "--name=small", f"--workdir={tmp_path}"])
+  started = tmp_path / "small" / "first_seed0" / "tries"
+  for _ in range(600):
+    if started.exists():
+      break
+    time.sleep(0.1)
+  command.terminate()
+  assert command.wait(timeout=30) == ExitStatus.PREEMPTED
+  running = [path.read_bytes() for path in pathlib.Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+  assert not any(str(tmp_path).encode() in arguments and b"studies.child" in arguments for arguments in running)
