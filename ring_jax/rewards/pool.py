@@ -310,7 +310,7 @@ class ScoringPool:
     self._control.settimeout(_START_SECONDS)
     self._ready = False
     # Settings for the trainer's big arrays would eat a worker's memory limit; threads would hinder forking.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     environment |= dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     with theirs:
