@@ -2,8 +2,8 @@
 
     python -m rollout.bench [--model=tiny|small] [--batch=1,16,64] [--dtype=float32|bfloat16] [--rounds=5] [--json]
 
-A round asks every engine for every batch size in turn: one token after each prompt, many tokens after each prompt, and
-one token after each long prompt.  Decoding is what the many tokens took longer than the one; prefill is the long prompts
+A round asks every engine for every batch size in turn: a dispatch of tokens after each prompt, many tokens after each prompt, and
+one token after each long prompt.  Decoding is what the many tokens took longer than the few; prefill is the long prompts
 and their one token.  Everything is timed as a caller sees it, from token ids to token ids and log-probs on the host.  A
 first round is not counted.
 
@@ -53,10 +53,13 @@ _SCORED = 4  # sequences
 
 
 def _use_threads() -> int:
-  """JAX takes as many threads as there are processors for it, and so do the processes that are started."""
+  """JAX takes as many threads as there are processors for it, and so do the processes that are started; each is a device."""
   own = sorted(os.sched_getaffinity(0))
   os.sched_setaffinity(0, own[: _THREADS.value or len(own)])
-  return len(os.sched_getaffinity(0))
+  threads = len(os.sched_getaffinity(0))
+  jax.config.update("jax_num_cpu_devices", threads)
+  jax.config.update("jax_cpu_enable_async_dispatch", threads == 1)  # see `engine_mesh`
+  return threads
 
 
 def _start(threads: int) -> tuple[dict[str, Peer], dict[str, str]]:
@@ -83,7 +86,17 @@ class _Batch:
     lengths = _PROMPT.value + _TOKENS.value, _LONG_PROMPT.value + 1
     # An engine for each shape, as a user would set it up.
     short, long = (
-      Ours(config, params, dtype, slots=slots, prompt=prompt, length=length, steps=_STEPS.value, clock=clock)
+      Ours(
+        config,
+        params,
+        dtype,
+        slots=slots,
+        prompt=prompt,
+        length=length,
+        steps=_STEPS.value,
+        devices=len(jax.devices()),
+        clock=clock,
+      )
       for prompt, length in zip((_PROMPT.value, _LONG_PROMPT.value), lengths, strict=True)
     )
     for peer in peers.values():
@@ -96,11 +109,13 @@ class _Batch:
     self.prefill: report.Rates = {name: [] for name in self._decode}
 
   def round(self, counted: bool) -> None:
+    # A whole dispatch: a program for one step alone may cost many times what a step does.
+    first = _STEPS.value if _STEPS.value < _TOKENS.value else 1
     for name, generate in self._decode.items():
-      one, many = generate(self._short, 1), generate(self._short, _TOKENS.value)
+      few, many = generate(self._short, first), generate(self._short, _TOKENS.value)
       long = self._prefill[name](self._long, 1)
       if counted:
-        self.decode[name].append(len(self._short) * (_TOKENS.value - 1) / max(many - one, 1e-9))
+        self.decode[name].append(len(self._short) * (_TOKENS.value - first) / max(many - few, 1e-9))
         self.prefill[name].append(len(self._long) * _LONG_PROMPT.value / long)
 
   def logp_differences(self) -> dict[str, float]:

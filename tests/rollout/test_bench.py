@@ -39,12 +39,14 @@ def test_shapes_are_those_of_the_notes():
   assert ring_model.num_params(models.SMALL) == 106_161_888
 
 
-def test_our_side_draws_what_it_says(params):
+@pytest.mark.parametrize(("slots", "devices", "used"), [(3, 1, 1), (4, 2, 2), (3, 2, 1)])
+def test_our_side_draws_what_it_says(params, slots, devices, used):
   """Log-probs of every slot, whether its prompt came in the first prefill or in a later one, are the model's."""
-  ours = Ours(MODEL, params, RolloutDtype.FLOAT32, slots=3, prompt=1500, length=1510, steps=4)
-  prompts = np.random.default_rng(0).integers(0, 96, (3, 1500)).tolist()
+  ours = Ours(MODEL, params, RolloutDtype.FLOAT32, slots=slots, prompt=1500, length=1510, steps=4, devices=devices)
+  assert ours._engine.batch_parts == used
+  prompts = np.random.default_rng(0).integers(0, 96, (slots, 1500)).tolist()
   seconds, token_NxB, logp_NxB = ours.generate(prompts, 6)
-  assert seconds > 0 and token_NxB.shape == logp_NxB.shape == (6, 3)
+  assert seconds > 0 and token_NxB.shape == logp_NxB.shape == (6, slots)
   rows = jnp.asarray([prompt + token_NxB[:, slot].tolist() for slot, prompt in enumerate(prompts)])
   hidden = jax.jit(lambda params, rows: ring_model.forward(MODEL, params, rows).hidden_BxTxD)(params, rows)
   logps = jax.nn.log_softmax(hidden[:, 1499:-1] @ params["lm_head"]["kernel"])
