@@ -29,6 +29,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   return Mesh(_arrange(config.sizes, devices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
+def run_in_turn() -> None:
+  """Programs over several devices of the CPU backend one after the other; to be said before the devices come up.
+
+  Under way at the same time they can starve each other of threads inside of a collective, and nothing keeps their
+  collectives in one order between processes.  Accelerators have queues for that.
+  """
+  jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def engine_mesh(config: MeshConfig, where: str) -> Mesh | None:
   """The mesh of an engine that has this process to itself, over its first devices; None: one device needs none.
 
@@ -40,9 +49,7 @@ def engine_mesh(config: MeshConfig, where: str) -> Mesh | None:
   """
   if config.num_devices == 1:
     return None
-  # On the CPU backend, programs under way at the same time can starve each other of threads inside of a collective.  This is
-  # read when the devices come up.
-  jax.config.update("jax_cpu_enable_async_dispatch", False)
+  run_in_turn()
   devices = jax.devices()
   require(
     config.num_devices <= len(devices),

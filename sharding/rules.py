@@ -40,7 +40,7 @@ def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def platform(mesh: Mesh | None) -> str:
-  """ "cpu", "gpu" or "tpu": of the devices."""
+  """What the devices are: "cpu", "gpu" or "tpu"."""
   return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
 
 

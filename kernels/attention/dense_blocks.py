@@ -1,8 +1,8 @@
 """Decode over a dense cache, a few slots and positions at a time: for processors with caches of their own.
 
 Slots go in groups whose keys of one block of positions fit a core's cache.  A group reads blocks up to the end of its
-own longest slot (online.py), the last of them half as long where that is enough.  (All positions of all slots at once are first copied out of the cache's layer, used or not:
-twice the traffic, and it grows with the cache and not with what is in it.)
+own longest slot (online.py), the last of them half as long where that is enough.  (All positions of all slots at once are
+first copied out of the cache's layer, used or not: twice the traffic, and it grows with the cache and not with what is in it.)
 
 Dimension key: L layers, B slots, b slots of a group, S positions, N positions of a block, H query heads, K key/value
 heads, G = H / K, d head dim.
@@ -40,8 +40,6 @@ def decode_dense_blocks(q_BxHxd: jax.Array, cache: DenseCache, lengths_B: jax.Ar
 def _group(q_bxKxGxd, cache: DenseCache, lengths_b, first, layer, N: int) -> jax.Array:
   b, K, G, d = q_bxKxGxd.shape
   wide = jnp.promote_types(q_bxKxGxd.dtype, jnp.float32)
-  if cache.k_LxBxKxdxS.dtype == jnp.uint16:
-    q_bxKxGxd = q_bxKxGxd.astype(wide)
 
   def block(N: int, begin: jax.Array, softmax: OnlineSoftmax) -> OnlineSoftmax:
     place = jnp.minimum(begin, cache.v_LxBxKxSxd.shape[3] - N)  # the last block moves back to stay inside

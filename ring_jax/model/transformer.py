@@ -183,7 +183,7 @@ class RingModel(nnx.Module):
     x_BxTxD = self.embed(tokens_BxT)
     if experts_LxBxTxK is not None:
       experts_LxBxTxK = rules.reshard(experts_LxBxTxK, self.config.parallel.rules, None, "batch", None, None)
-    counts, caches, experts = [jnp.zeros((0, self.config.num_experts), jnp.int32)], [], None
+    counts, caches, chosen = [jnp.zeros((0, self.config.num_experts), jnp.int32)], [], None
     for stack in self._stacks():
       graph, experts, cut = _split(stack, cut_experts=not return_kv)  # with keys and values no gradient is asked for
 
@@ -191,13 +191,7 @@ class RingModel(nnx.Module):
         (params, index), given = cut
         x = checkpoint_name(x, _INPUT)
         x, routed, kv = nnx.merge(graph, experts, params)(
-          x,
-          rotary,
-          segment_ids_BxT,
-          given,
-          index=index if return_kv else None,
-          prefill=return_kv,
-          record=return_experts,
+          x, rotary, segment_ids_BxT, given, index=index, prefill=return_kv, record=return_experts
         )
         return x, (routed, kv if return_kv else None)
 
@@ -207,7 +201,7 @@ class RingModel(nnx.Module):
       x_BxTxD, (routed, kv) = jax.lax.scan(layer, x_BxTxD, (cut, given))
       if routed is not None:
         counts.append(routed.counts_E)
-        experts = routed.ids_BxTxK
+        chosen = routed.ids_BxTxK
       if return_kv:
         caches.append(DenseCache(*kv))
     hidden_BxTxD = self.final_norm(x_BxTxD)
@@ -216,7 +210,7 @@ class RingModel(nnx.Module):
       following_BxT = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))  # the last position is filled with id 0
       mtp_hidden = self.mtp(self.embed(following_BxT), hidden_BxTxD, rotary, segment_ids_BxT)
     kv = DenseCache(*(jnp.concatenate(part) for part in zip(*caches, strict=True))) if return_kv else None
-    return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv, experts)
+    return ForwardOutput(hidden_BxTxD, mtp_hidden, jnp.concatenate(counts), kv, chosen)
 
   def decode(self, tokens_B, positions_B, active_B, cache: KVCache, page_table_BxW, *, return_experts: bool):
     tokens_B, positions_B, active_B = (
@@ -277,7 +271,7 @@ def _split(stack: Block, *, cut_experts: bool = False):
   """(structure, the experts of all layers, (the other parameters, the number of each layer)): a scan goes over the last.
 
   The scan would copy a layer's experts, of which a decode step needs few and a prefill each once.  Where gradients are
-  asked for they must come layer by layer, and the experts are among the others.
+  asked for they must come layer by layer: with `cut_experts` they are among the others, and layers have no number.
   """
   graph, experts, rest = nnx.split(stack, lambda path, _: not cut_experts and "experts" in path, ...)
-  return graph, experts, (rest, jnp.arange(len(jax.tree.leaves(rest)[0])))
+  return graph, experts, (rest, None if cut_experts else jnp.arange(len(jax.tree.leaves(rest)[0])))

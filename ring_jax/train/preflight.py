@@ -16,7 +16,7 @@ from configs.placement import num_devices
 from configs.schema import RunConfig, Strategy, require
 from ring_jax.checkpoint.store import steps
 from sharding import processes
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, run_in_turn
 
 
 def prepare_devices(config: RunConfig) -> None:
@@ -27,9 +27,7 @@ def prepare_devices(config: RunConfig) -> None:
   seats, count = config.seats, processes.group().count
   needed = num_devices(seats)
   if needed > 1:
-    # On the CPU backend, programs under way at the same time can starve each other of threads inside of a collective,
-    # and nothing keeps their collectives in one order between processes.  Accelerators have queues for that.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    run_in_turn()
   devices = jax.devices()
   if needed == 1 and count == 1:
     return

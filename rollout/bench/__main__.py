@@ -14,6 +14,7 @@ An engine that is not installed is left out, and the report says so.  In float32
 difference of more than 1e-4 in a log-prob is an error.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -32,6 +33,7 @@ from rollout.bench import models, report
 from rollout.bench.host import HostShare, processor
 from rollout.bench.ours import Ours
 from rollout.bench.peers import Peer, PeerError
+from sharding.mesh import run_in_turn
 
 _MODEL = flags.DEFINE_enum("model", "tiny", list(models.MODELS), "Which model.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the weights, and what is computed in.")
@@ -58,7 +60,8 @@ def _use_threads() -> int:
   os.sched_setaffinity(0, own[: _THREADS.value or len(own)])
   threads = len(os.sched_getaffinity(0))
   jax.config.update("jax_num_cpu_devices", threads)
-  jax.config.update("jax_cpu_enable_async_dispatch", threads == 1)  # see `engine_mesh`
+  if threads > 1:
+    run_in_turn()
   return threads
 
 
@@ -85,20 +88,11 @@ class _Batch:
     self._short, self._long = (_prompts(config, slots, n) for n in (_PROMPT.value, _LONG_PROMPT.value))
     lengths = _PROMPT.value + _TOKENS.value, _LONG_PROMPT.value + 1
     # An engine for each shape, as a user would set it up.
-    short, long = (
-      Ours(
-        config,
-        params,
-        dtype,
-        slots=slots,
-        prompt=prompt,
-        length=length,
-        steps=_STEPS.value,
-        devices=len(jax.devices()),
-        clock=clock,
-      )
-      for prompt, length in zip((_PROMPT.value, _LONG_PROMPT.value), lengths, strict=True)
+    engine = functools.partial(
+      Ours, config, params, dtype, slots=slots, steps=_STEPS.value, devices=len(jax.devices()), clock=clock
     )
+    prompts = _PROMPT.value, _LONG_PROMPT.value
+    short, long = (engine(prompt=prompt, length=length) for prompt, length in zip(prompts, lengths, strict=True))
     for peer in peers.values():
       peer.open(folder, dtype.value, slots, max(lengths))
     self.peers, self._ours = peers, short

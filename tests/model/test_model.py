@@ -102,7 +102,8 @@ def test_any_number_of_dense_layers(dense):
   params = model.init_params(config, 0)
   assert ("dense_layers" in params) == (dense > 0) and ("moe_layers" in params) == (dense < 3)
   out = forward(config)(params, random_tokens(1, 4))
-  assert out.expert_counts_LxE.shape == (3 - dense, config.num_experts) and out.mtp_hidden_BxTxD is None
+  assert out.expert_counts_LxE.shape == (3 - dense, config.num_experts)
+  assert out.mtp_hidden_BxTxD is None and out.experts_LxBxTxK is None
 
 
 def test_bfloat16_stays_near_float32(params):
