@@ -22,7 +22,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 1073741824
 # Large pages for them: an eighth less processor time in the tiny run (docs/speed.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: train think rlhf test test-tpu test-pods parity lint bench clean help
+.PHONY: train think rlhf test test-tpu test-gpu test-pods parity lint bench clean help
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,13 @@ test-tpu: $(VENV)/test.stamp  ## the kernels at real shapes, by the TPU compiler
 test-pods: $(VENV)/test.stamp  ## Ring-mini, Ring-flash and Ring-1T compiled whole for their pods, by the TPU compiler (no TPU needed)
 	$(RUN) -m pytest -o addopts= --import-mode=importlib --collect-only -q -m pods tests | grep :: \
 	  | xargs -r -d '\n' -P 2 -n 1 $(RUN) -m pytest -m pods
+
+# JAX's plugin for CUDA is installed beside the rest; tests share the card, so that none may take all of its memory.
+test-gpu: $(VENV)/gpu.stamp  ## the kernels' tests, and parity with PyTorch, on an NVIDIA GPU (needs one)
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTEST) -m "not cpu and not tpu and not tpu_full" \
+	  $(addprefix tests/kernels/test_,precision.py grouped_matmul.py attention.py attention_decode.py linear_logprob.py linear_sample.py)
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m parity.run --suite=model
+	JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false $(RUN) -m parity.run --suite=objective
 
 parity: $(VENV)/test.stamp  ## compare with PyTorch, transformers and vLLM; the report is parity_report/report.html
 	$(RUN) -m parity.run --suite=all --report=parity_report
@@ -82,4 +89,8 @@ $(VENV)/test.stamp: requirements/test.txt requirements/vllm.txt requirements/tpu
 	$(VENV)/bin/pip install -q -r requirements/test.txt
 	$(VENV)/bin/pip install -q --no-deps -r requirements/vllm.txt
 	$(VENV)/bin/pip install -q --no-deps --upgrade --target $(VENV)/tpu_compiler -r requirements/tpu_compiler.txt
+	touch $@
+
+$(VENV)/gpu.stamp: requirements/gpu.txt $(VENV)/test.stamp
+	$(VENV)/bin/pip install -q -r requirements/gpu.txt
 	touch $@

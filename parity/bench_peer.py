@@ -1,6 +1,6 @@
 """Another engine in a process of its own, for `python -m rollout.bench`: JSON lines in, JSON lines out.
 
-    python -m parity.bench_peer --engine=vllm|transformers --threads=N [--clock=wall|processor]
+    python -m parity.bench_peer --engine=vllm|transformers --threads=N [--clock=wall|processor] [--device=cpu|gpu]
 
     first line out     {"versions": {...}}                          or {"error": ...} if the engine cannot be imported
     {"open": {"folder", "dtype", "slots", "length"}}    -> {}       a checkpoint, as `ring_jax.checkpoint.hf` writes it
@@ -27,6 +27,7 @@ from ring_jax.checkpoint import hf, hf_config
 _ENGINE = flags.DEFINE_enum("engine", None, ["vllm", "transformers"], "Which engine.", required=True)
 _THREADS = flags.DEFINE_integer("threads", 1, "Threads it may use.", lower_bound=1)
 _CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "processor"], "Time that passed, or that it computed.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "What it computes on.")
 
 
 class _Engine(Protocol):
@@ -85,6 +86,7 @@ class _Transformers:
     import transformers
 
     torch.set_num_threads(_THREADS.value)
+    torch.set_default_device("cuda" if _DEVICE.value == "gpu" else "cpu")
     transformers.logging.set_verbosity_error()
     self.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     self._model: Any = None
@@ -105,7 +107,7 @@ class _Transformers:
       out = self._model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
         max_new_tokens=tokens, min_new_tokens=tokens, eos_token_id=None, pad_token_id=0,
-      )  # fmt: skip
+      ).cpu()  # fmt: skip
     return [out.shape[1] - ids.shape[1]] * len(prompts)
 
   def score(self, sequences: list[list[int]]) -> list[list[float]]:
@@ -115,8 +117,9 @@ class _Transformers:
 
     scored = []
     for ids in sequences:
-      logps_TxV = torch.log_softmax(torch.from_numpy(glm4_moe.logits(self._model, np.asarray([ids]))[0]), dim=-1)
-      scored.append(logps_TxV[torch.arange(len(ids) - 1), torch.as_tensor(ids[1:])].tolist())
+      logits_TxV = glm4_moe.logits(self._model, np.asarray([ids]))[0]
+      logps_TxV = torch.log_softmax(torch.from_numpy(logits_TxV), dim=-1).numpy()
+      scored.append(logps_TxV[np.arange(len(ids) - 1), ids[1:]].tolist())
     return scored
 
 

@@ -69,7 +69,7 @@ def glm_config(config: ModelConfig) -> Glm4MoeConfig:
 
 
 def build(config: ModelConfig, params: Tree, dtype: torch.dtype = torch.float32) -> Glm4MoeForCausalLM:
-  """The model with these parameters (arrays of any kind that NumPy reads), on the CPU.
+  """The model with these parameters (arrays of any kind that NumPy reads), on PyTorch's default device.
 
   Raises:
     ValueError: the tree does not give every GLM tensor exactly once.
@@ -80,13 +80,14 @@ def build(config: ModelConfig, params: Tree, dtype: torch.dtype = torch.float32)
   if state.keys() != expected.keys():
     raise ValueError(f"parameter tree does not fit GLM: {sorted(state.keys() ^ expected.keys())[:5]}")
   model.load_state_dict(state, strict=True)
-  return model.eval()
+  return model.to(torch.get_default_device()).eval()
 
 
 def logits(model: Glm4MoeForCausalLM, tokens_BxT: np.ndarray) -> np.ndarray:
   """Logits [B, T, V], float32."""
   with torch.no_grad():
-    return model(input_ids=torch.as_tensor(tokens_BxT).long(), use_cache=False).logits.float().numpy()
+    logits_BxTxV = model(input_ids=torch.as_tensor(tokens_BxT, device=model.device).long(), use_cache=False).logits
+  return logits_BxTxV.float().cpu().numpy()
 
 
 def loss_and_gradients(
@@ -96,13 +97,15 @@ def loss_and_gradients(
 
   The tree has no router bias (it has no gradient) and no MTP layer.
   """
-  tokens = torch.as_tensor(tokens_BxT).long()
+  tokens = torch.as_tensor(tokens_BxT, device=model.device).long()
   model.zero_grad()
   logits_BxTxV = model(input_ids=tokens, use_cache=False).logits
   loss = torch.nn.functional.cross_entropy(logits_BxTxV[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
   loss.backward()
   gradients = {
-    name: np.zeros(tuple(parameter.shape), np.float32) if parameter.grad is None else parameter.grad.float().numpy()
+    name: np.zeros(tuple(parameter.shape), np.float32)
+    if parameter.grad is None
+    else parameter.grad.float().cpu().numpy()
     for name, parameter in model.named_parameters()
   }
   return loss.item(), _from_glm(config, gradients)

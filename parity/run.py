@@ -4,6 +4,7 @@
     python -m parity.run --suite=model --json
     python -m parity.run --suite=placement --vllm_draws
     python -m parity.run --suite=engine --vllm_python=/opt/vllm/bin/python
+    JAX_PLATFORMS=cuda python -m parity.run --suite=model --torch_device=cuda
 
 Suites, in the order in which a difference would arise: model (router to log-probs), objective (loss, gradients, parameters
 after optimizer steps), placement (RLHF under every strategy, with its roles on processes in PyTorch and on devices in
@@ -19,8 +20,11 @@ import platform
 import sys
 from typing import Any
 
+import jax
+import torch
 from absl import flags
 
+from configs.schema import require
 from parity import report
 from parity.compare import Suite
 from ring_jax.launch import app
@@ -35,6 +39,9 @@ def define_flags() -> None:
   flags.DEFINE_bool("full", False, "More and larger cases than CI needs.")
   flags.DEFINE_bool("vllm_draws", False, "In the placement suite one more phase, with vLLM as the shadow actor.")
   flags.DEFINE_string("vllm_python", None, "The interpreter that has vLLM; default: this one.")
+  flags.DEFINE_enum(
+    "torch_device", "cpu", ["cpu", "cuda"], "Where PyTorch computes; across processes it decides by itself."
+  )
   flags.DEFINE_string("report", None, "Folder for report.json and report.html.")
   flags.DEFINE_bool("json", False, "Print one JSON object.")
 
@@ -55,10 +62,15 @@ def versions() -> dict[str, str]:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       continue
+  found["JAX on"] = jax.devices()[0].device_kind
+  found["PyTorch on"] = torch.cuda.get_device_name() if torch.get_default_device().type == "cuda" else "cpu"
   return found
 
 
 def main() -> None:
+  if FLAGS.torch_device == "cuda":
+    require(torch.cuda.is_available(), "--torch_device=cuda: PyTorch sees no GPU here")
+    torch.set_default_device("cuda")
   suites = []
   for name in SUITES if FLAGS.suite == "all" else (FLAGS.suite,):
     suites.append(run_suite(name, FLAGS.full, FLAGS.vllm_python, FLAGS.vllm_draws))

@@ -44,6 +44,7 @@ def test_pins_satisfy_the_ranges_of_the_package_and_are_what_is_installed():
     assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} is outside of {requirement.specifier}"
   shared = pins("vllm.txt").keys() & (pins("train.txt") | pins("test.txt")).keys()
   assert not shared, f"pinned twice: {shared}"
+  assert pins("gpu.txt") == {"jax[cuda12]": pins("train.txt")["jax"]}
   for name, version in pinned.items():
     assert importlib.metadata.version(name).split("+")[0] == version, f"{name}: not the pinned version"
 

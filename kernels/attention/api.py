@@ -14,22 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.schema import Enum, require
-from kernels.attention import splash, xla_blocked
+from kernels.attention import pallas_gpu, splash, xla_blocked
 from kernels.attention.reference import packed_attention_reference, packed_attention_strips
 from kernels.attention.segments import PADDING
-from kernels.choice import choose
+from kernels.choice import choose, passes
+from kernels.precision import full_products
 
 
 class Implementation(Enum):
   REFERENCE = "reference"  # all scores at once: tests, and short rows
   XLA_STRIPS = "xla_strips"  # all scores of some queries at once, up to the diagonal: a prefill on a CPU
-  XLA_BLOCKED = "xla_blocked"  # block by block in XLA: CPU and GPU
+  XLA_BLOCKED = "xla_blocked"  # block by block in XLA: CPU, and what the kernels do not take
   SPLASH = "splash"  # JAX's Pallas kernels: TPU; elsewhere interpreted, for tests
+  PALLAS_GPU = "pallas_gpu"  # Triton kernels: NVIDIA's GPUs; elsewhere interpreted, for tests
 
 
 # Up to here all scores of a row are few, and computing them at once is at least as fast (measured, docs/kernels.md).
 SHORT_ROW = 128
 LONGEST_STRIP = 1024  # beyond, the scores of a strip leave the cache
+_KERNELS = {Implementation.SPLASH: ("tpu", splash), Implementation.PALLAS_GPU: ("cuda", pallas_gpu)}
 
 
 def packed_attention(
@@ -49,7 +52,7 @@ def packed_attention(
     segment_ids_BxT: int32 >= 0; 0 marks padding.  Any arrangement is right; segments in rising order along a row, as
       packing makes them, are what lets whole blocks be left out.
     implementation: None means `reference` for rows of at most 128, else `splash` where the program is compiled for a
-      TPU, else `xla_blocked`.
+      TPU, `pallas_gpu` for a GPU, else `xla_blocked`.
 
   Returns:
     out_BxTxHxd in the dtype of q.  The softmax is float32 (float64 for float64 arguments).  Padding gives zeros and
@@ -62,23 +65,24 @@ def packed_attention(
   _check(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT)
   default = Implementation.REFERENCE if q_BxTxHxd.shape[1] <= SHORT_ROW else None
   chosen = default if implementation is None else choose(implementation, Implementation.REFERENCE, "packed_attention")
-  fits_splash = q_BxTxHxd.dtype in (jnp.bfloat16, jnp.float32)
+  fits_kernels = q_BxTxHxd.dtype in (jnp.bfloat16, jnp.float32)
   require(
-    chosen is not Implementation.SPLASH or fits_splash,
-    f"packed_attention: implementation='splash' with {q_BxTxHxd.dtype}: bfloat16 or float32",
+    chosen not in _KERNELS or fits_kernels,
+    f"packed_attention: implementation={str(chosen)!r} with {q_BxTxHxd.dtype}: bfloat16 or float32",
   )
-  if chosen is None and not fits_splash:
+  if chosen is None and not fits_kernels:
     chosen = Implementation.XLA_BLOCKED
   if 0 in q_BxTxHxd.shape:
     return jnp.zeros_like(q_BxTxHxd)
   valid_BxTx1x1 = (segment_ids_BxT != PADDING)[:, :, None, None]
   q, k, v = (jnp.where(valid_BxTx1x1, x, 0) for x in (q_BxTxHxd, k_BxTxKxd, v_BxTxKxd))
-  if chosen is Implementation.REFERENCE:
-    out_BxTxHxd = packed_attention_reference(q, k, v, segment_ids_BxT)
-  elif chosen is Implementation.XLA_STRIPS:
-    out_BxTxHxd = packed_attention_strips(q, k, v, segment_ids_BxT)
-  else:
-    out_BxTxHxd = _differentiable(q, k, v, segment_ids_BxT, chosen)
+  with full_products(q.dtype):
+    if chosen is Implementation.REFERENCE:
+      out_BxTxHxd = packed_attention_reference(q, k, v, segment_ids_BxT)
+    elif chosen is Implementation.XLA_STRIPS:
+      out_BxTxHxd = packed_attention_strips(q, k, v, segment_ids_BxT)
+    else:
+      out_BxTxHxd = _differentiable(q, k, v, segment_ids_BxT, chosen)
   return jnp.where(valid_BxTx1x1, out_BxTxHxd, 0)
 
 
@@ -116,18 +120,14 @@ def _check(q, k, v, segment_ids) -> None:
 
 
 def _run(chosen: Implementation | None, name: str, *arrays: jax.Array):
-  """The pass of that name.  Interpreting a kernel is for tests, hence never the default."""
-  blocked, kernel = getattr(xla_blocked, name), getattr(splash, name)
-  by_platform = {
-    "cpu": functools.partial(blocked, block=xla_blocked.CPU_BLOCK),
-    "default": functools.partial(blocked, block=xla_blocked.GPU_BLOCK),
-    "tpu": kernel,
-  }
-  if chosen is Implementation.XLA_BLOCKED:
-    del by_platform["tpu"]
-  elif chosen is Implementation.SPLASH:
-    by_platform = {"tpu": kernel, "default": functools.partial(kernel, interpret=True)}
-  return jax.lax.platform_dependent(*arrays, **by_platform)
+  """The pass of that name."""
+  blocked = getattr(xla_blocked, name)
+  on_cpu, elsewhere = (
+    functools.partial(blocked, block=size) for size in (xla_blocked.CPU_BLOCK, xla_blocked.GPU_BLOCK)
+  )
+  by_platform = passes(chosen, name, _KERNELS, cpu=on_cpu, default=elsewhere)
+  with full_products(arrays[0].dtype):
+    return jax.lax.platform_dependent(*arrays, **by_platform)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,6 +1,6 @@
 """Bench of attention: packed rows, forward and with gradients; decode steps, dense and over pages.
 
-    python -m kernels.attention.bench [--json] [--rounds=N]
+    python -m kernels.attention.bench [--json] [--rounds=N] [--part=packed|decode]
 
 Implementations run in turns within one process, beside `jax.nn.dot_product_attention` with the same mask; temporary
 memory is what the compiler reports.  Segments are drawn between a tenth of a row and the whole of it, and cut at its
@@ -30,6 +30,7 @@ from kernels.timing import interleaved
 
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Counted rounds.")
+_PARTS = flags.DEFINE_multi_enum("part", ["packed", "decode"], ["packed", "decode"], "What to time; may be repeated.")
 
 # rows, length, heads, key/value heads, head dim
 _PACKED_CPU = ((16, 128, 4, 2, 16), (8, 256, 8, 2, 64), (4, 512, 8, 2, 64), (1, 2048, 8, 2, 64), (1, 4096, 8, 2, 64))
@@ -38,6 +39,7 @@ _PACKED = ((8, 4096, 16, 4, 128), (1, 32_768, 16, 4, 128), (1, 32_768, 64, 8, 12
 _DECODE_CPU = ((64, 192, 4, 2, 16), (64, 512, 8, 2, 64), (16, 2048, 8, 2, 64))
 _DECODE = ((64, 8192, 16, 4, 128), (64, 32_768, 16, 4, 128), (32, 32_768, 64, 8, 128))
 _PAGE = 64
+_KERNELS = {Implementation.SPLASH: "tpu", Implementation.PALLAS_GPU: "gpu"}  # where they run
 _MOST_SCORES = 1 << 28  # bytes of float32 scores up to which all of them are computed at once
 
 
@@ -71,14 +73,14 @@ def _compare(
   return {"shape": shape, "seconds": seconds, "temp_bytes": temp}
 
 
-def _packed(shape: tuple[int, ...], dtype: jnp.dtype, on_tpu: bool) -> dict[str, Any]:
+def _packed(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> dict[str, Any]:
   rows, length, heads, kv_heads, head_dim = shape
   keys = jax.random.split(jax.random.key(0), 4)
   q, k, v, dout = (
     jax.random.normal(key, (rows, length, n, head_dim), dtype)
     for key, n in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)
   )
-  kinds = [kind for kind in Implementation if kind is not Implementation.SPLASH or on_tpu]
+  kinds = [kind for kind in Implementation if _KERNELS.get(kind, platform) == platform]
   attends = {kind.value: functools.partial(packed_attention, implementation=kind) for kind in kinds}
   attends["jax.nn"] = _jax_nn
   if rows * heads * length**2 * 4 > _MOST_SCORES:
@@ -88,7 +90,7 @@ def _packed(shape: tuple[int, ...], dtype: jnp.dtype, on_tpu: bool) -> dict[str,
   return _compare(functions, (q, k, v, _segments(rows, length), dout), shape)
 
 
-def _decode(shape: tuple[int, ...], dtype: jnp.dtype, on_tpu: bool) -> dict[str, Any]:
+def _decode(shape: tuple[int, ...], dtype: jnp.dtype, platform: str) -> dict[str, Any]:
   slots, length, heads, kv_heads, head_dim = shape
   keys = jax.random.split(jax.random.key(0), 3)
   q = jax.random.normal(keys[0], (slots, heads, head_dim), dtype)
@@ -107,35 +109,43 @@ def _decode(shape: tuple[int, ...], dtype: jnp.dtype, on_tpu: bool) -> dict[str,
       q, pages, lengths, layer=0, page_table_BxW=table, implementation=kind
     )
 
-  kinds = [kind for kind in DecodeImplementation if kind is not DecodeImplementation.RAGGED_PAGED or on_tpu]
+  kinds = [kind for kind in DecodeImplementation if kind is not DecodeImplementation.RAGGED_PAGED or platform == "tpu"]
   functions = {"dense": lambda q, dense, _, lengths, __: decode_attention(q, dense, lengths, layer=0)}
   functions |= {f"pages, {kind.value}": over_pages(kind) for kind in kinds}
   return _compare(functions, arrays, shape)
 
 
-def measure() -> dict[str, Any]:
-  device = jax.devices()[0]
-  on_cpu, on_tpu = device.platform == "cpu", device.platform == "tpu"
-  dtype = jnp.float32 if on_cpu else jnp.bfloat16
-  return {
-    "device": device.device_kind,
-    "packed": [_packed(shape, dtype, on_tpu) for shape in (_PACKED_CPU if on_cpu else _PACKED)],
-    "decode": [_decode(shape, dtype, on_tpu) for shape in (_DECODE_CPU if on_cpu else _DECODE)],
-  }
+def _lines(case: dict[str, Any]) -> list[str]:
+  sides = "rows, length" if case["part"] == "packed" else "slots, cache length"
+  return [
+    f"{case['part']}: {sides}, heads, key/value heads, head dim = {case['shape']}",
+    *(
+      f"  {name:28} {seconds * 1e3:9.2f} ms {case['temp_bytes'][name] / 2**20:9.1f} MiB"
+      for name, seconds in case["seconds"].items()
+    ),
+  ]
 
 
 def main(argv: list[str]) -> None:
   del argv
-  result = measure()
+  device = jax.devices()[0]
+  on_cpu = device.platform == "cpu"
+  dtype = jnp.dtype(jnp.float32 if on_cpu else jnp.bfloat16)
+  parts = {
+    "packed": (_packed, _PACKED_CPU if on_cpu else _PACKED),
+    "decode": (_decode, _DECODE_CPU if on_cpu else _DECODE),
+  }
+  cases = []
+  if not _JSON.value:
+    print(f"device: {device.device_kind}, {dtype.name}", flush=True)
+  for part in _PARTS.value:
+    run, shapes = parts[part]
+    for shape in shapes:
+      cases.append({"part": part, **run(shape, dtype, device.platform)})
+      if not _JSON.value:
+        print("\n".join(_lines(cases[-1])), flush=True)
   if _JSON.value:
-    print(json.dumps(result))
-    return
-  print(f"device: {result['device']}")
-  for part, sides in (("packed", "rows, length"), ("decode", "slots, cache length")):
-    for case in result[part]:
-      print(f"{part}: {sides}, heads, key/value heads, head dim = {case['shape']}")
-      for name, seconds in case["seconds"].items():
-        print(f"  {name:28} {seconds * 1e3:9.2f} ms {case['temp_bytes'][name] / 2**20:9.1f} MiB")
+    print(json.dumps({"device": device.device_kind, "dtype": dtype.name, "cases": cases}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from kernels.attention.dense_blocks import decode_dense_blocks
 from kernels.attention.online import OnlineSoftmax
 from kernels.attention.ragged_paged import attend_ragged_paged, fits
 from kernels.choice import choose
+from kernels.precision import full_products
 
 
 class DecodeImplementation(Enum):
@@ -60,7 +61,8 @@ def decode_attention(
     arguments = q_BxHxd, cache, lengths_B, layer
     if cache.k_LxBxKxdxS.dtype == jnp.uint16:
       return decode_dense_blocks(*arguments)
-    return jax.lax.platform_dependent(*arguments, cpu=decode_dense_blocks, default=_decode_dense)
+    with full_products(q_BxHxd.dtype):
+      return jax.lax.platform_dependent(*arguments, cpu=decode_dense_blocks, default=_decode_dense)
   out_Bx1xHxd = _attend_pages(q_BxHxd[:, None], cache, page_table_BxW, lengths_B - 1, layer, chosen)
   return jnp.where((lengths_B > 0)[:, None, None], out_Bx1xHxd[:, 0], 0)
 
@@ -102,11 +104,12 @@ def _attend_pages(q_BxTxHxd, cache: PagedCache, page_table_BxW, starts_B, layer,
     f" {cache.pages_LxPxNxCxd.dtype}{list(cache.pages_LxPxNxCxd.shape)}",
   )
   arguments = q_BxTxHxd, cache.pages_LxPxNxCxd, page_table_BxW.astype(jnp.int32), starts_B, layer
-  if chosen is DecodeImplementation.XLA or not takes:
-    return _attend_one_by_one(*arguments)
-  if chosen is DecodeImplementation.RAGGED_PAGED:
-    return attend_ragged_paged(*arguments)
-  return jax.lax.platform_dependent(*arguments, tpu=attend_ragged_paged, default=_attend_one_by_one)
+  with full_products(q_BxTxHxd.dtype):
+    if chosen is DecodeImplementation.XLA or not takes:
+      return _attend_one_by_one(*arguments)
+    if chosen is DecodeImplementation.RAGGED_PAGED:
+      return attend_ragged_paged(*arguments)
+    return jax.lax.platform_dependent(*arguments, tpu=attend_ragged_paged, default=_attend_one_by_one)
 
 
 def _check(q, cache, lengths, page_table) -> None:

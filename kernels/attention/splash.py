@@ -13,8 +13,6 @@ Sources: jax.experimental.pallas.ops.tpu.splash_attention; reference notes, pall
 Dimension key: B rows, T positions, H query heads, K key/value heads, d head dim, I query blocks, J key blocks.
 """
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -33,8 +31,7 @@ def forward(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT, *, interpret: bool
   def row(arrays):
     q_HxTxd, k_KxTxd, v_KxTxd, ids_T = arrays
     kernel, segments = _kernel(ids_T, block, save_residuals=True, interpret=interpret)
-    with _precision(q_HxTxd.dtype):
-      out_HxTxd, (lse_HxT,) = kernel(q_HxTxd, k_KxTxd, v_KxTxd, segments)
+    out_HxTxd, (lse_HxT,) = kernel(q_HxTxd, k_KxTxd, v_KxTxd, segments)
     return out_HxTxd, lse_HxT
 
   T = q_BxTxHxd.shape[1]
@@ -66,8 +63,7 @@ def backward(
       kernel.dq_mask_info,
       kernel.dkv_mask_info,
     )
-    with _precision(q_HxTxd.dtype):
-      grads = _splash_attention_bwd(**kernel.kwargs, res=residuals, do=dout_HxTxd)
+    grads = _splash_attention_bwd(**kernel.kwargs, res=residuals, do=dout_HxTxd)
     return grads[3:6]
 
   T = q_BxTxHxd.shape[1]
@@ -82,11 +78,6 @@ def backward(
 
 def _scaled(x_BxTxHxd: jax.Array) -> jax.Array:
   return (x_BxTxHxd.astype(jnp.float32) * x_BxTxHxd.shape[-1] ** -0.5).astype(x_BxTxHxd.dtype)
-
-
-def _precision(dtype: jnp.dtype):
-  """float32 is multiplied in full; the kernels' own default would round it to bfloat16 on the way in."""
-  return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
 
 
 def block_size(num_positions: int) -> int:

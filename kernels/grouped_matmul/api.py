@@ -13,15 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.schema import Enum, require
-from kernels.choice import choose
-from kernels.grouped_matmul import blocked, megablox
+from kernels.choice import choose, passes
+from kernels.grouped_matmul import blocked, megablox, pallas_gpu
 from kernels.grouped_matmul.reference import grouped_matmul_reference
+from kernels.precision import full_products
 
 
 class Implementation(Enum):
   REFERENCE = "reference"  # every row times every group's matrix, masked: E times the work, obviously right
-  BLOCKED = "blocked"  # blocks of rows of one group, in XLA: CPU and GPU
+  BLOCKED = "blocked"  # blocks of rows of one group, in XLA: CPU, and what the kernels do not take
   MEGABLOX = "megablox"  # JAX's Pallas kernels: TPU; elsewhere interpreted, for tests
+  PALLAS_GPU = "pallas_gpu"  # Triton kernels: NVIDIA's GPUs; elsewhere interpreted, for tests
+
+
+_KERNELS = {Implementation.MEGABLOX: ("tpu", megablox), Implementation.PALLAS_GPU: ("cuda", pallas_gpu)}
 
 
 def grouped_matmul(
@@ -38,7 +43,7 @@ def grouped_matmul(
     rhs_ExKxN: one matrix a group, same dtype as lhs.
     group_sizes_E: integers >= 0, rows of each group in order.  Their sum may be less than M: the rows beyond belong to
       no group, are zero in the result and get zero gradient.  A sum above M is not allowed (and cannot be checked).
-    implementation: None means `megablox` where the program is compiled for a TPU, else `blocked`.
+    implementation: None means `megablox` where the program is compiled for a TPU, `pallas_gpu` for a GPU, else `blocked`.
 
   Returns:
     out_MxN in the dtype of lhs; products are summed in float32 (float64 for float64 arguments).
@@ -58,15 +63,16 @@ def grouped_matmul(
     raise ValueError(
       f"grouped_matmul: lhs is {lhs_MxK.dtype} and rhs {rhs_ExKxN.dtype}: expected one floating dtype for both"
     )
-  fits_megablox = lhs_MxK.dtype in megablox.DTYPES
+  fits_kernels = all(lhs_MxK.dtype in kernels.DTYPES for _, kernels in _KERNELS.values())
   if implementation is None:
-    return _differentiable(lhs_MxK, rhs_ExKxN, group_sizes_E, None if fits_megablox else Implementation.BLOCKED)
+    return _differentiable(lhs_MxK, rhs_ExKxN, group_sizes_E, None if fits_kernels else Implementation.BLOCKED)
   chosen = choose(implementation, Implementation.BLOCKED, "grouped_matmul")
   if chosen is Implementation.REFERENCE:
-    return grouped_matmul_reference(lhs_MxK, rhs_ExKxN, group_sizes_E)
+    with full_products(lhs_MxK.dtype):
+      return grouped_matmul_reference(lhs_MxK, rhs_ExKxN, group_sizes_E)
   require(
-    chosen is Implementation.BLOCKED or fits_megablox,
-    f"grouped_matmul: implementation='megablox' with {lhs_MxK.dtype}: bfloat16 or float32",
+    chosen is Implementation.BLOCKED or fits_kernels,
+    f"grouped_matmul: implementation={chosen.value!r} with {lhs_MxK.dtype}: bfloat16 or float32",
   )
   return _differentiable(lhs_MxK, rhs_ExKxN, group_sizes_E, chosen)
 
@@ -109,12 +115,9 @@ def gated_experts(
 
 
 def _run(chosen: Implementation | None, name: str, *arrays: jax.Array):
-  """The pass of that name.  Interpreting a kernel is for tests, hence never the default."""
-  fast, kernel = getattr(blocked, name), getattr(megablox, name)
-  if chosen is Implementation.BLOCKED:
-    return fast(*arrays)
-  other = fast if chosen is None else functools.partial(kernel, interpret=True)
-  return jax.lax.platform_dependent(*arrays, tpu=kernel, default=other)
+  """The pass of that name."""
+  with full_products(arrays[0].dtype):
+    return jax.lax.platform_dependent(*arrays, **passes(chosen, name, _KERNELS, default=getattr(blocked, name)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

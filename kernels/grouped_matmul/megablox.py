@@ -15,7 +15,6 @@ Sources: jax.experimental.pallas.ops.tpu.megablox; reference notes, jax_practice
 Dimension key: M rows, E groups, K inner, N outer.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import jax
@@ -55,15 +54,14 @@ def backward(lhs_MxK, rhs_ExKxN, group_sizes_E, dout_MxN, *, interpret: bool = F
   tiles = gmm_tiles(num_rows, num_groups, outer, inner, lhs_MxK.dtype)
   dlhs_MxK = _gmm(dout_MxN, rhs_ExKxN, group_sizes_E, tiles, transpose_rhs=True, interpret=interpret)
   tiles = tgmm_tiles(num_rows, num_groups, inner, outer, lhs_MxK.dtype)
-  with _precision(lhs_MxK.dtype):
-    drhs_ExKxN = tgmm(
-      _whole_tiles(lhs_MxK, tiles[0]).T,
-      _whole_tiles(dout_MxN, tiles[0]),
-      group_sizes_E.astype(jnp.int32),
-      preferred_element_type=rhs_ExKxN.dtype,
-      tiling=tiles,
-      interpret=interpret,
-    )
+  drhs_ExKxN = tgmm(
+    _whole_tiles(lhs_MxK, tiles[0]).T,
+    _whole_tiles(dout_MxN, tiles[0]),
+    group_sizes_E.astype(jnp.int32),
+    preferred_element_type=rhs_ExKxN.dtype,
+    tiling=tiles,
+    interpret=interpret,
+  )
   return dlhs_MxK, drhs_ExKxN
 
 
@@ -76,22 +74,16 @@ def _gmm(lhs_MxK, rhs, group_sizes_E, tiles: Tiles, *, transpose_rhs: bool, inte
   # The number of steps is data.  A kernel of no steps at all is nothing that megablox promises, so without any row one
   # is computed, in vain.
   visited_E = sizes_E.at[0].add((total == 0).astype(jnp.int32))
-  with _precision(lhs_MxK.dtype):
-    out_MxN = gmm(
-      _whole_tiles(lhs_MxK, tiles[0]),
-      rhs,
-      visited_E,
-      preferred_element_type=lhs_MxK.dtype,
-      tiling=tiles,
-      transpose_rhs=transpose_rhs,
-      interpret=interpret,
-    )[:num_rows]
+  out_MxN = gmm(
+    _whole_tiles(lhs_MxK, tiles[0]),
+    rhs,
+    visited_E,
+    preferred_element_type=lhs_MxK.dtype,
+    tiling=tiles,
+    transpose_rhs=transpose_rhs,
+    interpret=interpret,
+  )[:num_rows]
   return jnp.where(jnp.arange(num_rows)[:, None] < total, out_MxN, 0)
-
-
-def _precision(dtype: jnp.dtype):
-  """float32 is multiplied in full; the kernels' own default would round it to bfloat16 on the way in."""
-  return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
 
 
 def _whole_tiles(x_MxD: jax.Array, tile: int) -> jax.Array:

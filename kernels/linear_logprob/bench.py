@@ -161,35 +161,43 @@ def _case(shape: tuple[int, int, int], dtype, calls: int = 1, active_share: floa
   }
 
 
-def measure() -> dict[str, Any]:
-  on_cpu = jax.default_backend() == "cpu"
-  dtype = jnp.dtype(_DTYPE.value or ("float32" if on_cpu else "bfloat16"))
-  cases = {}
+def _shapes(on_cpu: bool) -> dict[str, tuple]:
+  """Arguments of `_case`, but the dtype, by name."""
+  shapes: dict[str, tuple] = {}
   for hidden in map(int, _HIDDEN.value or ([256] if on_cpu else [2048, 4096, 8192])):
     for tokens in map(int, _TOKENS.value or ([1024] if on_cpu else [4096, 32_768])):
-      cases[f"{tokens}x{hidden}x{_VOCAB.value}"] = _case((tokens, hidden, _VOCAB.value), dtype)
-  if on_cpu and not _HIDDEN.value and not _TOKENS.value:
-    cases |= {name: _case(shape, dtype, calls, share) for name, (shape, calls, share) in _CPU_CASES.items()}
-  return {"device": jax.devices()[0].device_kind, "dtype": dtype.name, "cases": cases}
+      shapes[f"{tokens}x{hidden}x{_VOCAB.value}"] = ((tokens, hidden, _VOCAB.value),)
+  return shapes | (_CPU_CASES if on_cpu and not _HIDDEN.value and not _TOKENS.value else {})
+
+
+def _lines(name: str, case: dict[str, Any]) -> list[str]:
+  lines = []
+  for what in ("score", "train"):
+    lines.append(f"{name}, {what}        ms   temp MiB   peak MiB   of matmul   time / reference")
+    for way, measured in case[what].items():
+      if measured is None:
+        lines.append(f"  {way:14} does not fit")
+        continue
+      memory = [measured[kind] / 2**20 for kind in ("temp_bytes", "peak_bytes")]
+      line = f"  {way:14} {measured['seconds'] * 1e3:10.2f} {memory[0]:10.1f} {memory[1]:10.1f}"
+      over = measured.get("time_over_reference", float("nan"))
+      lines.append(f"{line} {measured['share_of_matmul']:11.2f} {over:18.3f}")
+  return lines
 
 
 def main(argv: list[str]) -> None:
   del argv
-  result = measure()
+  device, on_cpu = jax.devices()[0].device_kind, jax.default_backend() == "cpu"
+  dtype = jnp.dtype(_DTYPE.value or ("float32" if on_cpu else "bfloat16"))
+  if not _JSON.value:
+    print(f"device: {device}, {dtype.name}", flush=True)
+  cases = {}
+  for name, (shape, *rest) in _shapes(on_cpu).items():
+    cases[name] = _case(shape, dtype, *rest)
+    if not _JSON.value:
+      print("\n".join(_lines(name, cases[name])), flush=True)
   if _JSON.value:
-    print(json.dumps(result))
-    return
-  print(f"device: {result['device']}, {result['dtype']}")
-  for name, case in result["cases"].items():
-    for what in ("score", "train"):
-      print(f"{name}, {what}        ms   temp MiB   peak MiB   of matmul   time / reference")
-      for way, measured in case[what].items():
-        if measured is None:
-          print(f"  {way:14} does not fit")
-          continue
-        memory = [measured[kind] / 2**20 for kind in ("temp_bytes", "peak_bytes")]
-        line = f"  {way:14} {measured['seconds'] * 1e3:10.2f} {memory[0]:10.1f} {memory[1]:10.1f}"
-        print(f"{line} {measured['share_of_matmul']:11.2f} {measured.get('time_over_reference', float('nan')):18.3f}")
+    print(json.dumps({"device": device, "dtype": dtype.name, "cases": cases}))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from flax import nnx
 
 from configs.schema import ModelConfig
 from kernels.linear_logprob import linear_logprob
+from kernels.precision import full_products
 from parity import cases, glm4_moe
 from parity.cases import Case
 from parity.compare import Row, Suite, Tier, compare
 from parity.torch_twin import objective, weights
-from parity.torch_twin.model import RingTwin, rotation, visible
+from parity.torch_twin.model import RingTwin, device_of, rotation, visible
 from ring_jax.model import forward
 from ring_jax.model.layers import rotary_tables
 from ring_jax.model.router import route
@@ -48,16 +49,19 @@ class Forwards:
     self.batch = cases.packed_batch(case.config, case.seed)
     self.inside = self.batch.segment_ids > 0
     self.twin = build(case.config, self.params)
-    self.tokens, self.positions, self.segments = (
-      torch.from_numpy(array) for array in (self.batch.tokens, self.batch.positions, self.batch.segment_ids)
+    self.tokens, self.positions, self.segments = map(
+      self._put, (self.batch.tokens, self.batch.positions, self.batch.segment_ids)
     )
+
+  def _put(self, array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(array)).to(device_of(self.twin))
 
   @functools.cached_property
   def jax(self) -> dict[tuple[int | None, str], np.ndarray]:
     """What the JAX model computes, by (layer, name); hidden states and logits by its public `forward`."""
-    run = jax.jit(functools.partial(_jax_layers, self.config))
-    batch = self.batch
-    found = jax.device_get(run(self.params, batch.tokens, batch.positions, batch.segment_ids, batch.targets))
+    run, batch = jax.jit(functools.partial(_jax_layers, self.config)), self.batch
+    with full_products(self.config.dtype):
+      found = jax.device_get(run(self.params, batch.tokens, batch.positions, batch.segment_ids, batch.targets))
     return {(None if layer == WHOLE else layer, name): value for (layer, name), value in found.items()}
 
   @functools.cached_property
@@ -67,11 +71,11 @@ class Forwards:
     with torch.no_grad():
       out = self.twin(self.tokens, self.positions, self.segments, collected)
       collected[None, "logits"] = self.twin.logits(out.hidden_BxTxD)
-      targets = torch.from_numpy(self.batch.targets)
+      targets = self._put(self.batch.targets)
       collected[None, "logp"] = objective.token_scores(self.twin, out.hidden_BxTxD, targets, 1.0, None).logp
       if out.mtp_hidden_BxTxD is not None:
         collected[None, "mtp_logits"] = self.twin.logits(out.mtp_hidden_BxTxD)
-    return {key: value.numpy() for key, value in collected.items()}
+    return {key: value.cpu().numpy() for key, value in collected.items()}
 
   @functools.cached_property
   def by_layer(self) -> dict[tuple[int | None, str], np.ndarray]:
@@ -80,7 +84,7 @@ class Forwards:
     context = (rotation(self.twin.config, self.positions), visible(self.segments), self.segments > 0)
     with torch.no_grad():
       for layer in self.twin.model.layers:
-        given = {name: torch.from_numpy(np.array(self.jax[layer.number, name])) for name in ("input", "attended")}
+        given = {name: self._put(self.jax[layer.number, name]) for name in ("input", "attended")}
         layer(given["input"], *context, collected)
         if layer.sparse:  # judged on the JAX model's attention, so that a wrong attention does not make it fail too
 
@@ -88,7 +92,7 @@ class Forwards:
             collected[number, name] = value
 
           collected[layer.number, "feed_forward"] = layer.feed_forward(given["attended"], context[-1], note)
-    return {key: value.numpy() for key, value in collected.items()}
+    return {key: value.cpu().numpy() for key, value in collected.items()}
 
   @functools.cached_property
   def oracle_logits(self) -> np.ndarray | None:

@@ -39,6 +39,7 @@ from parity.cases import Case
 from parity.compare import Row, Suite, Tier, compare
 from parity.suites.model import JAX_GLM, JAX_TWIN, TWIN_GLM, Build
 from parity.torch_twin import objective, step, weights
+from parity.torch_twin.model import device_of
 from ring_jax.records import FinishReason, Rollout
 from ring_jax.rl.advantages import group_advantages
 from ring_jax.train.batches import model_tokens, rl_fields, rl_minibatches
@@ -261,7 +262,7 @@ def _jax_objective(part, theta, old, advantages, config: IcePopConfig) -> tuple[
 
 def _torch_objective(part, theta, old, advantages, config: IcePopConfig) -> tuple[float, np.ndarray]:
   """The same by the twin, one sequence a row."""
-  batch = step.sequences_of(part.rollouts)
+  batch = step.sequences_of(part.rollouts, torch.get_default_device())
   logp, logp_old = batch.spread(theta).requires_grad_(), batch.spread(old)
   infer = batch.spread([rollout.logps for rollout in part.rollouts])
   counted = objective.counted_tokens(batch.mask, logp_old, infer, config)
@@ -341,7 +342,8 @@ class CrossEntropy:
 
   @functools.cached_property
   def torch(self) -> dict[str, Any]:
-    model, tokens = self.build(self.case.config, self.params), torch.from_numpy(self.tokens).long()
+    model = self.build(self.case.config, self.params)
+    tokens = torch.from_numpy(self.tokens).long().to(device_of(model))
     out = model(tokens)
     loss = _entropy(model, out.hidden_BxTxD, tokens, 1)
     if out.mtp_hidden_BxTxD is not None:

@@ -41,6 +41,10 @@ def torch_dtype(name: str) -> torch.dtype:
   return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
 
 
+def device_of(model: nn.Module) -> torch.device:
+  return next(model.parameters()).device
+
+
 def _wide(x: torch.Tensor) -> torch.Tensor:
   return x.to(torch.promote_types(x.dtype, torch.float32))
 

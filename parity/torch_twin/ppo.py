@@ -26,7 +26,7 @@ from configs.schema import Advantage, ConfigError, PPOConfig, Reward, RLConfig, 
 from parity import rlhf
 from parity.rlhf import RLHFCase, Steps
 from parity.torch_twin import objective, step, weights
-from parity.torch_twin.model import ScalarTwin, Trunk
+from parity.torch_twin.model import ScalarTwin, Trunk, device_of
 from parity.torch_twin.step import Lesson, Scorer, batched, sequences_of
 from ring_jax.records import Rollout
 
@@ -36,7 +36,7 @@ from ring_jax.records import Rollout
 
 def answer_values(critic: ScalarTwin, rollouts: Sequence[Rollout], rows: int) -> list[np.ndarray]:
   """[n] of each rollout: the value of the state that each token of the answer was drawn in."""
-  found, device = [], next(critic.parameters()).device
+  found, device = [], device_of(critic)
   for chosen in batched(rollouts, rows):
     batch = sequences_of(chosen, device)
     with torch.no_grad():
@@ -46,7 +46,7 @@ def answer_values(critic: ScalarTwin, rollouts: Sequence[Rollout], rows: int) ->
 
 def scores_of(model: ScalarTwin, rollouts: Sequence[Rollout], rows: int) -> list[float]:
   """A number a rollout: what the reward model says at its last token."""
-  found, device = [], next(model.parameters()).device
+  found, device = [], device_of(model)
   for chosen in batched(rollouts, rows):
     batch = sequences_of(chosen, device)
     last_Sx1 = batch.segments.sum(-1, keepdim=True) - 1
@@ -159,7 +159,7 @@ def critic_gradients(critic: ScalarTwin, lessons: Sequence[Judged], tokens: int,
   Args:
     tokens: of all answers of the whole minibatch.
   """
-  device, total = next(critic.parameters()).device, 0.0
+  device, total = device_of(critic), 0.0
   for chosen in batched(lessons, rows):
     rollouts, old, returns = zip(*chosen, strict=True)
     batch = sequences_of(rollouts, device)

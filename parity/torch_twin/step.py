@@ -18,7 +18,7 @@ import torch
 
 from configs.schema import IcePopConfig, OptimizerConfig, RLConfig, Schedule
 from parity.torch_twin import objective
-from parity.torch_twin.model import RingTwin, RMSNorm, ScalarHead, Trunk
+from parity.torch_twin.model import RingTwin, RMSNorm, ScalarHead, Trunk, device_of
 from ring_jax.records import Rollout
 
 
@@ -105,7 +105,7 @@ class Sequences:
     return [row[inside].cpu().numpy() for row, inside in zip(values, self.mask, strict=True)]
 
 
-def sequences_of(rollouts: Sequence[Rollout], device: Any = "cpu") -> Sequences:
+def sequences_of(rollouts: Sequence[Rollout], device: torch.device) -> Sequences:
   length = max(len(rollout.prompt) + len(rollout.tokens) for rollout in rollouts)
   tokens, segments, mask = (np.zeros((len(rollouts), length), np.int64) for _ in range(3))
   for row, rollout in enumerate(rollouts):
@@ -174,7 +174,7 @@ def minibatches(count: int, parts: int, seed: Any) -> list[np.ndarray]:
 
 def answer_logps(model: RingTwin, rollouts: Sequence[Rollout], scorer: Scorer) -> list[np.ndarray]:
   """Log-probs of each rollout's answer."""
-  scores, device = [], next(model.parameters()).device
+  scores, device = [], device_of(model)
   for chosen in batched(rollouts, scorer.rows):
     batch = sequences_of(chosen, device)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def actor_gradients(
   Returns:
     The loss, and for each rollout which tokens of its answer were not left out.
   """
-  device, total, kept = next(model.parameters()).device, 0.0, []
+  device, total, kept = device_of(model), 0.0, []
   for chosen in batched(lessons, scorer.rows):
     rollouts, advantages, old, ref = zip(*chosen, strict=True)
     batch = sequences_of(rollouts, device)

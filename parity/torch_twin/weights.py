@@ -21,11 +21,14 @@ State = dict[str, torch.Tensor]
 _MTP_NAMES = {"enorm.weight": "enorm", "hnorm.weight": "hnorm", "final_layernorm.weight": "final_norm"}
 
 
-def build(config: ModelConfig, params: Tree, device: torch.device | str = "cpu") -> Any:
-  """The twin holding these parameters: a `RingTwin`, or a `ScalarTwin` of a tree {"trunk", "head"}."""
+def build(config: ModelConfig, params: Tree, device: torch.device | str | None = None) -> Any:
+  """The twin holding these parameters: a `RingTwin`, or a `ScalarTwin` of a tree {"trunk", "head"}.
+
+  Without a device it is on PyTorch's default one, which `parity.run` sets.
+  """
   with torch.device("meta"):
     model = ScalarTwin(config) if "head" in params else RingTwin(config)
-  model = model.to_empty(device=device)
+  model = model.to_empty(device=device or torch.get_default_device())
   load(model, params)
   return model
 

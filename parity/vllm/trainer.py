@@ -17,6 +17,7 @@ from flax import nnx
 
 from configs.schema import ModelConfig
 from kernels.linear_logprob import linear_logprob
+from kernels.precision import full_products
 from parity.vllm.runner import Probe
 from ring_jax.model import Params, forward
 from ring_jax.model.layers import rotary_tables
@@ -79,9 +80,14 @@ def _logps(
   return scored.logp.reshape(tokens_BxT.shape)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def walk(config: ModelConfig, params: Params, tokens_BxT, segments_BxT) -> tuple[dict[int, jax.Array], jax.Array]:
   """(expert ids [B, T, K] by layer, hidden states [B, T, D] after the last layer, before the final norm)."""
+  with full_products(config.dtype):
+    return _walk(config, params, tokens_BxT, segments_BxT)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _walk(config: ModelConfig, params: Params, tokens_BxT, segments_BxT) -> tuple[dict[int, jax.Array], jax.Array]:
   B, T = tokens_BxT.shape
   positions_BxT = jnp.broadcast_to(jnp.arange(T), (B, T))
   rotary = rotary_tables(config, positions_BxT)

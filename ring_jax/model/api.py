@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from configs.schema import ModelConfig, ParallelConfig
 from kernels.attention import PagedCache
+from kernels.precision import full_products
 from ring_jax.model.attention import KVCache
 from ring_jax.model.layers import logical_axes
 from ring_jax.model.transformer import ForwardOutput, RingModel
@@ -117,10 +118,11 @@ def forward(
     positions_BxT = jnp.broadcast_to(jnp.arange(tokens_BxT.shape[1]), tokens_BxT.shape)
   if segment_ids_BxT is None:
     segment_ids_BxT = jnp.ones(tokens_BxT.shape, jnp.int32)
-  return _merge(config, params)(
-    tokens_BxT, positions_BxT, segment_ids_BxT, experts_LxBxTxK,
-    return_kv=return_kv, return_experts=return_experts, mtp=mtp,
-  )  # fmt: skip
+  with full_products(config.dtype):
+    return _merge(config, params)(
+      tokens_BxT, positions_BxT, segment_ids_BxT, experts_LxBxTxK,
+      return_kv=return_kv, return_experts=return_experts, mtp=mtp,
+    )  # fmt: skip
 
 
 def decode_step(
@@ -142,8 +144,9 @@ def decode_step(
   Args:
     page_table_BxW: int32, of a cache in pages; on a mesh, each device's slots name that device's pages from 0.
   """
-  model = _merge(config, params)
-  return model.decode(tokens_B, positions_B, active_B, cache, page_table_BxW, return_experts=return_experts)
+  with full_products(config.dtype):
+    model = _merge(config, params)
+    return model.decode(tokens_B, positions_B, active_B, cache, page_table_BxW, return_experts=return_experts)
 
 
 def extend(
@@ -161,4 +164,5 @@ def extend(
   Args:
     page_table_BxW: int32, of each row; as in `decode_step`.
   """
-  return _merge(config, params).extend(tokens_BxT, starts_B, counts_B, cache, page_table_BxW)
+  with full_products(config.dtype):
+    return _merge(config, params).extend(tokens_BxT, starts_B, counts_B, cache, page_table_BxW)

@@ -10,7 +10,7 @@ first round is not counted.
 On a machine that others use too, `--threads=1 --clock=processor` counts the processor time that each engine takes: with
 one thread, what the wall clock would show if the machine were free.
 
-An engine that is not installed is left out, and the report says so.  In float32 the others score what ours sampled, and a
+Every engine runs on what JAX runs on: the CPU, or one GPU.  An engine that is not installed is left out, and the report says so.  In float32 the others score what ours sampled, and a
 difference of more than 1e-4 in a log-prob is an error.
 """
 
@@ -65,12 +65,16 @@ def _use_threads() -> int:
   return threads
 
 
+def _processor() -> str:
+  return processor() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+
+
 def _start(threads: int) -> tuple[dict[str, Peer], dict[str, str]]:
   """(the peers that there are, why the others are not)."""
   peers, absent = {}, {}
   for name in _PEERS.value:
     try:
-      peers[name] = Peer(name, threads, _CLOCK.value, _PYTHON.value or None)
+      peers[name] = Peer(name, threads, _CLOCK.value, _PYTHON.value or None, jax.default_backend())
     except PeerError as error:
       absent[name] = str(error)
   return peers, absent
@@ -140,7 +144,7 @@ def measure() -> dict[str, Any]:
     "rounds": _ROUNDS.value,
     "decode_shape": f"{_TOKENS.value} tokens after {_PROMPT.value}",
     "prefill_shape": f"{_LONG_PROMPT.value} tokens",
-    "machine": {"processor": processor(), "threads": threads, "clock": _CLOCK.value},
+    "machine": {"processor": _processor(), "threads": threads, "clock": _CLOCK.value},
     "versions": {"jax": jax.__version__},
     "decode": {}, "prefill": {}, "host_share": {}, "largest_logp_difference": {},
   }  # fmt: skip

@@ -23,11 +23,15 @@ class Peer(LineProcess):
   PeerError: the engine cannot be imported.
   """
 
-  def __init__(self, engine: str, threads: int, clock: str = "wall", interpreter: str | None = None):
+  def __init__(
+    self, engine: str, threads: int, clock: str = "wall", interpreter: str | None = None, device: str = "cpu"
+  ):
     command = [interpreter or sys.executable, "-m", "parity.bench_peer"]
-    command += [f"--engine={engine}", f"--threads={threads}", f"--clock={clock}"]
+    command += [f"--engine={engine}", f"--threads={threads}", f"--clock={clock}", f"--device={device}"]
     path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+    if device == "cpu":
+      environment["CUDA_VISIBLE_DEVICES"] = ""
     super().__init__(command, name=engine, error=PeerError, environment=environment)
     self.versions: Mapping[str, str] = self.greeting["versions"]
 

@@ -382,6 +382,7 @@ def test_errors():
     decode_attention(filled.q[:, :3], filled.dense, filled.lengths, layer=0)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("positions", [16, 12, 128])
 @pytest.mark.parametrize("heads", [(4, 2, 16), (3, 1, 8)])
 def test_dense_blocks_of_slots_and_positions(heads, positions, monkeypatch):

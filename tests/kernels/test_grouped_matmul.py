@@ -1,6 +1,7 @@
 """The grouped matmul: every backend against a loop, in value and gradient, wherever rows and groups can lie.
 
-`megablox` is interpreted here; that the real TPU compiler takes it, and what the program then holds, is tested below.
+`megablox` and `pallas_gpu` are interpreted here; that the real TPU compiler takes the former, and what the program then holds,
+is tested below.  On a GPU (`make test-gpu`) the latter is what it is called.
 """
 
 import functools
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from configs.schema import ConfigError
+from kernels import choice
 from kernels.grouped_matmul import Implementation, gated_experts, grouped_matmul, megablox
 from kernels.grouped_matmul.blocked import block_sizes, padded_rows
 from sharding.topology import Topology
@@ -34,7 +36,7 @@ LAYOUTS = {
   "no rows": (0, [0, 0]),
 }
 K, N = 24, 40
-FAST = [Implementation.BLOCKED, Implementation.MEGABLOX]
+FAST = [Implementation.BLOCKED, Implementation.MEGABLOX, Implementation.PALLAS_GPU]
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
@@ -159,6 +161,7 @@ def test_finite_differences():
     check_grads(lambda a, b: grouped_matmul(a, b, sizes), (lhs, rhs), order=1, modes=["rev"])
 
 
+@pytest.mark.cpu
 def test_no_memory_or_work_of_all_experts():
   """No buffer of rows times experts, and few rows computed in vain."""
   rows, experts = 4096, 32
@@ -180,6 +183,7 @@ def test_block_sizes_follow_the_rows_of_a_group():
   assert block_sizes(2, 256) == (2,)
 
 
+@pytest.mark.cpu
 def test_the_default_runs_blocked_on_a_cpu():
   arguments = arrays(40, [9, 0, 11])
   for a, b in zip(
@@ -188,11 +192,12 @@ def test_the_default_runs_blocked_on_a_cpu():
     np.testing.assert_array_equal(a, b)
 
 
-def test_lowers_for_cuda():
+def test_lowers_for_cuda(monkeypatch):
+  monkeypatch.setattr(choice, "compiles_for_gpus", lambda: True)
   shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype) for x in arrays(700, [301, 0, 399])]
   program = functools.partial(value_and_gradients.__wrapped__, implementation=None)
-  text = jax.export.export(jax.jit(program), platforms=["cuda"])(*shapes).mlir_module()
-  assert "dot_general" in text and "tpu_custom_call" not in text
+  text = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("gpu.triton") == 3 and "stablehlo.dot_general" not in text and "tpu_custom_call" not in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

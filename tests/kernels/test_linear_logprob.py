@@ -233,12 +233,14 @@ def compiled():
   return tokens * vocab, {kind: grad.lower(*shapes, kind).compile() for kind in ON_CPU}
 
 
+@pytest.mark.cpu
 def test_memory_is_a_tenth(compiled):
   _, programs = compiled
   temp = {kind: program.memory_analysis().temp_size_in_bytes for kind, program in programs.items()}
   assert temp[CHUNKED] <= temp[Implementation.REFERENCE] / 10
 
 
+@pytest.mark.cpu
 def test_no_array_of_tokens_times_vocabulary(compiled):
   elements, programs = compiled
 
