@@ -86,7 +86,8 @@ class _Transformers:
     import transformers
 
     torch.set_num_threads(_THREADS.value)
-    torch.set_default_device("cuda" if _DEVICE.value == "gpu" else "cpu")
+    if _DEVICE.value == "gpu":  # on a CPU not even "cpu": to have said any costs every operation something
+      torch.set_default_device("cuda")
     transformers.logging.set_verbosity_error()
     self.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     self._model: Any = None

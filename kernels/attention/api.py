@@ -122,9 +122,7 @@ def _check(q, k, v, segment_ids) -> None:
 def _run(chosen: Implementation | None, name: str, *arrays: jax.Array):
   """The pass of that name."""
   blocked = getattr(xla_blocked, name)
-  on_cpu, elsewhere = (
-    functools.partial(blocked, block=size) for size in (xla_blocked.CPU_BLOCK, xla_blocked.GPU_BLOCK)
-  )
+  on_cpu, elsewhere = (functools.partial(blocked, block=size) for size in (xla_blocked.CPU_BLOCK, xla_blocked.BLOCK))
   by_platform = passes(chosen, name, _KERNELS, cpu=on_cpu, default=elsewhere)
   with full_products(arrays[0].dtype):
     return jax.lax.platform_dependent(*arrays, **by_platform)

@@ -25,9 +25,9 @@ from kernels.attention.online import OnlineSoftmax
 from kernels.attention.segments import PADDING, blocks_needed
 
 # Positions of a block.  On a CPU small blocks win: more of them can be skipped, and one's scores stay in the cache
-# (measured, docs/kernels.md).  A GPU wants few and large products; that one is a choice, not a measurement.
+# (measured, docs/kernels.md).  What else there is gets few and large products.
 CPU_BLOCK = 64
-GPU_BLOCK = 512
+BLOCK = 512
 
 
 def forward(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT, *, block: int) -> tuple[jax.Array, jax.Array]:

@@ -27,11 +27,12 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from configs.parallel import MeshConfig
 from configs.schema import ModelConfig, RolloutDtype
 from ring_jax.model import Params, num_params
 from rollout.bench import models, report
 from rollout.bench.host import HostShare, processor
-from rollout.bench.ours import Ours
+from rollout.bench.ours import Cut, Ours, mesh_of
 from rollout.bench.peers import Peer, PeerError
 from sharding.mesh import run_in_turn
 
@@ -44,6 +45,9 @@ _TOKENS = flags.DEFINE_integer("tokens", 128, "Tokens decoded.", lower_bound=2)
 _STEPS = flags.DEFINE_integer("steps_per_dispatch", 16, "Of our engine.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Counted rounds.", lower_bound=1)
 _PEERS = flags.DEFINE_list("peers", ["vllm", "transformers"], "Other engines.")
+_CUT = flags.DEFINE_enum_class(
+  "cut", None, Cut, "What of ours is cut over the threads, slots or weights; default: data for tiny, tensor for small."
+)
 _THREADS = flags.DEFINE_integer("threads", 0, "Processors that each engine may use; 0: all.", lower_bound=0)
 _CLOCK = flags.DEFINE_enum("clock", "wall", ["wall", "processor"], "Time that passes, or that an engine computes.")
 _PYTHON = flags.DEFINE_string("peer_python", "", "The Python that has the other engines; default: this one.")
@@ -84,6 +88,11 @@ def _prompts(config: ModelConfig, count: int, length: int) -> list[list[int]]:
   return np.random.default_rng(length).integers(0, config.vocab_size, (count, length)).tolist()
 
 
+def _mesh(config: ModelConfig, slots: int) -> MeshConfig:
+  cut = _CUT.value or models.CUTS[_MODEL.value]
+  return mesh_of(cut, len(jax.devices()), slots, config.num_key_value_heads)
+
+
 class _Batch:
   """All engines, opened for one batch size."""
 
@@ -92,9 +101,8 @@ class _Batch:
     self._short, self._long = (_prompts(config, slots, n) for n in (_PROMPT.value, _LONG_PROMPT.value))
     lengths = _PROMPT.value + _TOKENS.value, _LONG_PROMPT.value + 1
     # An engine for each shape, as a user would set it up.
-    engine = functools.partial(
-      Ours, config, params, dtype, slots=slots, steps=_STEPS.value, devices=len(jax.devices()), clock=clock
-    )
+    mesh = _mesh(config, slots)
+    engine = functools.partial(Ours, config, params, dtype, slots=slots, steps=_STEPS.value, mesh=mesh, clock=clock)
     prompts = _PROMPT.value, _LONG_PROMPT.value
     short, long = (engine(prompt=prompt, length=length) for prompt, length in zip(prompts, lengths, strict=True))
     for peer in peers.values():
@@ -145,6 +153,7 @@ def measure() -> dict[str, Any]:
     "decode_shape": f"{_TOKENS.value} tokens after {_PROMPT.value}",
     "prefill_shape": f"{_LONG_PROMPT.value} tokens",
     "machine": {"processor": _processor(), "threads": threads, "clock": _CLOCK.value},
+    "cut": (_CUT.value or models.CUTS[_MODEL.value]).value,
     "versions": {"jax": jax.__version__},
     "decode": {}, "prefill": {}, "host_share": {}, "largest_logp_difference": {},
   }  # fmt: skip
@@ -156,10 +165,11 @@ def measure() -> dict[str, Any]:
       for peer in peers.values():
         result["versions"] |= peer.versions
       for slots in map(int, _BATCH.value):
+        print(f"batch {slots} ...", file=sys.stderr, flush=True)
         _measure_batch(result, _Batch(config, params, checkpoint, peers, slots), slots)
         share = HostShare(
           config, params, dtype, slots=slots, prompt=_PROMPT.value, tokens=_TOKENS.value, steps=_STEPS.value,
-          clock=_CLOCKS[_CLOCK.value],
+          mesh=_mesh(config, slots), clock=_CLOCKS[_CLOCK.value],
         )  # fmt: skip
         shares = [share.measure() for _ in range(_ROUNDS.value + 1)][1:]
         result["host_share"][slots] = report.Spread.of(shares)._asdict()

@@ -4,6 +4,7 @@ The driver waits for every dispatch, so that an iteration is its programs, one a
 the driver and the copies to the host do between them.  The programs are timed until their results are there.
 """
 
+import dataclasses
 import pathlib
 import platform
 import time
@@ -13,12 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from configs.parallel import MeshConfig, ParallelConfig
 from configs.schema import BudgetCounts, ModelConfig, RolloutConfig, RolloutDtype, Unit
 from ring_jax.model import Params
 from rollout.driver import RolloutDriver
 from rollout.engine import Programs, RingEngine
 from rollout.scheduler import C3POScheduler
 from rollout.worker import EngineWorker
+from sharding.mesh import engine_mesh
 
 _GROUP = 8
 
@@ -61,15 +64,20 @@ class HostShare:
     prompt: int,
     tokens: int,
     steps: int,
+    mesh: MeshConfig,
     clock: Callable[[], float] = time.perf_counter,
   ):
     group = min(_GROUP, slots)
     config = RolloutConfig(
       token_budget=2 * slots * tokens, slots=slots, group_size=group, pool=2 * slots, unit=Unit.ROLLOUT, dtype=dtype,
       budget_counts=BudgetCounts.GENERATED, max_prompt_tokens=prompt, max_tokens=tokens, steps_per_dispatch=steps,
-      prefill_batch=max(1, slots // group),
+      prefill_batch=-(-max(1, slots // group) // mesh.data) * mesh.data,
     )  # fmt: skip
-    engine = RingEngine(model, config, eos_ids=(), vocab_mask_V=np.ones(model.vocab_size, bool), seed=0)
+    model = dataclasses.replace(model, parallel=ParallelConfig(mesh=mesh))
+    engine = RingEngine(
+      model, config, eos_ids=(), vocab_mask_V=np.ones(model.vocab_size, bool), seed=0,
+      mesh=engine_mesh(mesh, "--threads"),
+    )  # fmt: skip
     self._stored = engine.load_params(params)
     self._clock, self._timed = clock, _Timed(clock)
     engine.programs = Programs(*map(self._timed.wrap, engine.programs))

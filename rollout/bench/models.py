@@ -16,6 +16,7 @@ from ring_jax import model as ring_model
 from ring_jax.checkpoint import hf
 from ring_jax.model import Params
 from rollout import weights
+from rollout.bench.ours import Cut
 
 TINY = ModelConfig(
   vocab_size=512,
@@ -50,6 +51,7 @@ SMALL = dataclasses.replace(
   initializer_range=512**-0.5,
 )
 MODELS = {"tiny": TINY, "small": SMALL}
+CUTS = {"tiny": Cut.DATA, "small": Cut.TENSOR}  # the faster of the two (docs/speed.md)
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Params:

@@ -1,12 +1,14 @@
 """ring-jax's side of the bench: `RingEngine` through prefill_batch, insert_batch and decode.
 
-On a CPU a device is a core: XLA spreads a step's small operations over cores badly, two halves of the slots side by side are
-twice as fast.
+On a CPU a device is a core, as XLA spreads a step's small operations over cores badly.  What fits the caches is fastest with the
+slots cut over them (`data`); what does not, with the weights cut over them (`tensor`), as each core then reads its own part
+of the weights and not all of them (docs/speed.md).
 
 Dimension key: N steps, B slots.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from configs.base import Enum
 from configs.parallel import MeshConfig, ParallelConfig
 from configs.schema import ModelConfig, RolloutConfig, RolloutDtype
 from ring_jax.model import Params
@@ -26,6 +29,20 @@ from sharding.mesh import engine_mesh
 PREFILL_TOKENS = 2048  # of one dispatch, where there are as many prompts
 
 
+class Cut(Enum):
+  """What is cut over the devices."""
+
+  DATA = "data"  # slots
+  TENSOR = "tensor"  # weights, as far as key heads allow, and slots over what is left
+
+
+def mesh_of(cut: Cut, devices: int, slots: int, kv_heads: int) -> MeshConfig:
+  """Over all devices, or over fewer where slots do not divide."""
+  tensor = math.gcd(devices, kv_heads) if cut is Cut.TENSOR else 1
+  rest = devices // tensor
+  return MeshConfig(data=rest if slots % rest == 0 else 1, tensor=tensor)
+
+
 class Ours:
   """One engine of `slots` slots.
 
@@ -33,7 +50,7 @@ class Ours:
     length: prompt and answer together, at most.
     prompt: tokens of a prompt; how many are prefilled together depends on it.
     steps: of a dispatch.
-    devices: over which the slots are cut, where they can be.
+    mesh: the devices, and what is cut over them.
     clock: in seconds.
   """
 
@@ -47,21 +64,20 @@ class Ours:
     prompt: int,
     length: int,
     steps: int,
-    devices: int = 1,
+    mesh: MeshConfig,
     clock: Callable[[], float] = time.perf_counter,
   ):
     self._clock = clock
-    parts = devices if slots % devices == 0 else 1
-    together = max(1, min(slots, PREFILL_TOKENS // prompt))
+    together, parts = max(1, min(slots, PREFILL_TOKENS // prompt)), mesh.data
     self._config = RolloutConfig(
       token_budget=1, slots=slots, group_size=1, dtype=dtype, max_prompt_tokens=prompt, max_tokens=length - prompt,
       prefill_batch=-(-together // parts) * parts, steps_per_dispatch=steps,
     )  # fmt: skip
-    model = dataclasses.replace(model, parallel=ParallelConfig(mesh=MeshConfig(data=parts)))
+    model = dataclasses.replace(model, parallel=ParallelConfig(mesh=mesh))
     # No end token: all engines draw the same number.
     self._engine = RingEngine(
       model, self._config, eos_ids=(), vocab_mask_V=np.ones(model.vocab_size, bool), seed=0,
-      mesh=engine_mesh(model.parallel.mesh, "--threads"),
+      mesh=engine_mesh(mesh, "--threads"),
     )  # fmt: skip
     self._stored = self._engine.load_params(params)
     self._state = self._engine.init_decode_state()

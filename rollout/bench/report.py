@@ -1,7 +1,7 @@
 """From seconds to what a person reads: ratios first, then rates, each a median and its range over the rounds.
 
     prefill tokens/s  =  prompts * their length / seconds(1 token)
-    decode tokens/s   =  prompts * (n - 1) / (seconds(n tokens) - seconds(1 token))       of one round
+    decode tokens/s   =  prompts * (n - d) / (seconds(n tokens) - seconds(d tokens))      of one round; d: a dispatch
 
 A ratio is that of one round, where the engines ran one after the other; its median is not the ratio of the medians.
 """
@@ -40,7 +40,7 @@ def lines(result: Mapping[str, Any]) -> list[str]:
   versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
   out = [
     f"{result['model']}: {result['parameters']:,} parameters, {result['dtype']}; {machine['processor']},"
-    f" {machine['threads']} threads for every engine, {machine['clock']} time",
+    f" {machine['threads']} threads for every engine, {machine['clock']} time; ours cut by {result['cut']}",
     f"{versions}; {result['rounds']} rounds in turns, median [range]",
     *(f"{name}: not there ({reason})" for name, reason in result["absent"].items()),
   ]

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.parallel import MeshConfig
 from configs.schema import RolloutDtype
 from ring_jax import model as ring_model
 from ring_jax.checkpoint import hf
 from rollout.bench import models, report
 from rollout.bench.host import HostShare
-from rollout.bench.ours import Ours
+from rollout.bench.ours import Cut, Ours, mesh_of
 from rollout.bench.peers import Peer, PeerError
 
 MODEL = dataclasses.replace(
@@ -39,11 +40,21 @@ def test_shapes_are_those_of_the_notes():
   assert ring_model.num_params(models.SMALL) == 106_161_888
 
 
-@pytest.mark.parametrize(("slots", "devices", "used"), [(3, 1, 1), (4, 2, 2), (3, 2, 1)])
-def test_our_side_draws_what_it_says(params, slots, devices, used):
+@pytest.mark.parametrize(
+  ("cut", "slots", "devices", "used"),
+  [
+    (Cut.DATA, 3, 1, MeshConfig()),
+    (Cut.DATA, 4, 2, MeshConfig(data=2)),
+    (Cut.DATA, 3, 2, MeshConfig()),
+    (Cut.TENSOR, 3, 2, MeshConfig(tensor=2)),
+    (Cut.TENSOR, 4, 4, MeshConfig(data=2, tensor=2)),
+  ],
+)
+def test_our_side_draws_what_it_says(params, cut, slots, devices, used):
   """Log-probs of every slot, whether its prompt came in the first prefill or in a later one, are the model's."""
-  ours = Ours(MODEL, params, RolloutDtype.FLOAT32, slots=slots, prompt=1500, length=1510, steps=4, devices=devices)
-  assert ours._engine.batch_parts == used
+  mesh = mesh_of(cut, devices, slots, MODEL.num_key_value_heads)
+  assert mesh == used
+  ours = Ours(MODEL, params, RolloutDtype.FLOAT32, slots=slots, prompt=1500, length=1510, steps=4, mesh=mesh)
   prompts = np.random.default_rng(0).integers(0, 96, (slots, 1500)).tolist()
   seconds, token_NxB, logp_NxB = ours.generate(prompts, 6)
   assert seconds > 0 and token_NxB.shape == logp_NxB.shape == (6, slots)
@@ -54,8 +65,9 @@ def test_our_side_draws_what_it_says(params, slots, devices, used):
   np.testing.assert_allclose(logp_NxB, want_BxN.T, atol=2e-5)
 
 
-def test_the_host_has_a_share(params):
-  share = HostShare(MODEL, params, RolloutDtype.FLOAT32, slots=4, prompt=8, tokens=8, steps=4)
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2)])
+def test_the_host_has_a_share(params, mesh):
+  share = HostShare(MODEL, params, RolloutDtype.FLOAT32, slots=4, prompt=8, tokens=8, steps=4, mesh=mesh)
   assert 0.0 < share.measure() < 1.0
 
 
@@ -84,6 +96,7 @@ def test_the_report_names_who_is_missing():
   result = {
     "model": "tiny", "parameters": 10, "dtype": "float32", "rounds": 1, "decode_shape": "a", "prefill_shape": "b",
     "machine": {"processor": "p", "threads": 2, "clock": "wall"}, "versions": {"jax": "1"}, "absent": {"vllm": "no such"},
+    "cut": "data",
     "decode": cell, "prefill": cell, "host_share": {1: spread}, "largest_logp_difference": {},
   }  # fmt: skip
   text = "\n".join(report.lines(result))
