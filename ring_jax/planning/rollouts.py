@@ -70,11 +70,11 @@ class Rollouts:
       whole, slots=whole.slots // scale, pool=max(whole.pool // scale, part(whole.launched) * whole.group_size),
       token_budget=part(whole.token_budget), batch_groups=part(whole.batch_groups), launch_groups=part(whole.launch_groups),
     )  # fmt: skip
-    size = config.group_size
-    sample = self._answers(_SAMPLE, size)
+    size, answers = config.group_size, functools.partial(_within, self._answers, config.max_tokens)
+    sample = answers(_SAMPLE, size)
     an_iteration = config.batch_groups * size or config.token_budget / sample.mean
     rollouts = (_WARM_UP + _COUNTED) * an_iteration + config.pool
-    trace = self._answers(math.ceil(_MARGIN * rollouts / size) + 1, size)
+    trace = answers(math.ceil(_MARGIN * rollouts / size) + 1, size)
     simulation = Simulation(trace, config, Costs(decode_step=1.0, decode_per_slot=0.0))
     for _ in range(_WARM_UP):
       simulation.iterate()
@@ -100,6 +100,12 @@ class Rollouts:
       attended=sum(length * length for length in lengths) / (2 * positions) if positions else 0.0,
       ended=tuple(sorted(ended)),
     )
+
+
+def _within(answers: Answers, most: int, groups: int, group_size: int) -> Trace:
+  """Answers of at most so many tokens: where they come from, the engine may have been allowed more."""
+  trace = answers(groups, group_size)
+  return dataclasses.replace(trace, lengths=[min(length, most) for length in trace.lengths])
 
 
 def _scale(config: RolloutConfig) -> int:

@@ -41,12 +41,19 @@ def laid_out(mesh, engine=None, placement=PlacementConfig()):  # noqa: B008 (fro
 def test_what_an_engine_does_is_counted_in_slots_and_steps():
   """Answers of one length: every step has all slots, and each slot 8 tokens of prompt and 0 to 9 of answer."""
   config = dataclasses.replace(
-    rlhf_run.get_config().rollout, slots=16, pool=16, token_budget=160, group_size=8, steps_per_dispatch=1
+    rlhf_run.get_config().rollout,
+    slots=16,
+    pool=16,
+    token_budget=160,
+    group_size=8,
+    steps_per_dispatch=1,
+    max_tokens=10,
   )
   work = Rollouts(fixed(10, 8)).work(config)
   assert work.steps_by_active == {16: 10} and work.rollouts == 16 and work.tokens == 160 and work.positions == 288
   assert work.cached == 16 * sum(8 + drawn for drawn in range(10)) and work.prefill_tokens == 2 * 8
   assert work.attended == 9 and work.parts(4) == (1.0, 1.0, 1.0, 1.0)
+  assert Rollouts(fixed(50, 8)).work(config) == work, "what an engine may not draw, it does not"
 
 
 def test_a_large_run_is_simulated_in_proportion():
