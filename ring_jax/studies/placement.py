@@ -118,7 +118,8 @@ class PlacementStudy(Study):
       for name, setting in _settings(settings).items()
       for strategy in chosen
     ]
-    predicted = Point("predicted", needs=tuple(one.name for one in calibration + runs))
+    # With all cores, as the law asks how many there are.
+    predicted = Point("predicted", alone=True, needs=tuple(one.name for one in calibration + runs))
     return [*calibration, *runs, predicted, Point("pods")]
 
   def measure(self, point: Point, settings: Settings, place: Place) -> Result:
@@ -170,7 +171,8 @@ def _read(workdir: pathlib.Path) -> measured.Run:
 
 
 def _predicted(points: Sequence[Point], settings: Settings, place: Place) -> Result:
-  runs = {point.arm: _read(place.of(point.name) / "run") for point in points if point.alone}
+  timed = [point for point in points if point.alone and point.arm != "predicted"]
+  runs = {point.arm: _read(place.of(point.name) / "run") for point in timed}
   calibration = [run for arm, run in runs.items() if arm.startswith("calibration_")]
   law = measured.Measured(calibration, _PHASE)
   found: dict[str, Any] = {}
