@@ -30,6 +30,10 @@ def define_flags() -> None:
   flags.DEFINE_integer("port", of["port"], "Of HTTP; 0: any that is free.")
   flags.DEFINE_integer("grpc_port", of["grpc_port"], "Of JetStream's gRPC service; 0: none.")
   flags.DEFINE_string("api_key", None, f"Asked of every request to /v1; default: {_KEY} of the environment, else none.")
+  flags.DEFINE_string(
+    "ssl_certfile", of["ssl_certfile"], "PEM certificate, with its chain: HTTPS; default: plain HTTP."
+  )
+  flags.DEFINE_string("ssl_keyfile", of["ssl_keyfile"], "Its PEM key; default: in --ssl_certfile.")
   flags.DEFINE_string("model_name", of["model_name"], "What clients call the model; default: the checkpoint's folder.")
   flags.DEFINE_enum("dtype", None, [str(dtype) for dtype in RolloutDtype], "Of the weights; default: as stored.")
   flags.DEFINE_string("mesh", "", "Devices along the axes of the mesh, as in data=2,tensor=4; default: one device.")

@@ -14,6 +14,7 @@ import os
 import pathlib
 import secrets
 import socket
+import ssl
 import sys
 import threading
 from types import FrameType
@@ -140,8 +141,9 @@ def serve(settings: Settings) -> None:
   """Serves until it is told to end.
 
   Raises:
-    ConfigError: a port is taken, or a setting does not fit the checkpoint.
+    ConfigError: a port is taken, a certificate cannot be used, or a setting does not fit the checkpoint.
   """
+  _check_certificate(settings)
   logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that left while their answer was sent
   with _bind(settings.host, settings.port, "port") as listener:
     if settings.grpc_port:
@@ -157,6 +159,22 @@ def serve(settings: Settings) -> None:
     for each in jetstream:
       each.stop()
     service.close()
+
+
+def _check_certificate(settings: Settings) -> None:
+  if not settings.ssl_certfile:
+    return
+  asked: list[bool] = []  # for a passphrase, at a terminal that a server may not have
+  context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+  try:
+    context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile or None, lambda: asked.append(True) or "")
+  except (OSError, ValueError) as error:
+    if asked:
+      reason = "the key has a passphrase"
+    else:
+      reason = "no PEM, or not a pair" if isinstance(error, ssl.SSLError) else getattr(error, "strerror", error)
+    key = f" --ssl_keyfile={settings.ssl_keyfile}" if settings.ssl_keyfile else ""
+    raise ConfigError(f"--ssl_certfile={settings.ssl_certfile}{key}: no certificate with its key ({reason})") from None
 
 
 def _limits(settings: Settings, loaded: Loaded) -> Limits:
@@ -197,7 +215,7 @@ def _announce(settings: Settings, loaded: Loaded, port: int) -> None:
     print("warning: everyone who can reach this host may use the server; --api_key asks for a key", file=sys.stderr)
   if settings.grpc_port:
     print(f"JetStream gRPC at {address(settings.host, settings.grpc_port)}")
-  where = f"http://{address(settings.host, port)}/v1"
+  where = f"{'https' if settings.ssl_certfile else 'http'}://{address(settings.host, port)}/v1"
   print(f"serving at {where}; Ctrl-C or SIGTERM lets requests end, a second one does not", flush=True)
 
 
@@ -214,6 +232,8 @@ def _uvicorn(front: Front, settings: Settings) -> uvicorn.Config:
     server_header=False,
     proxy_headers=False,
     limit_concurrency=settings.max_connections,
+    ssl_certfile=settings.ssl_certfile or None,
+    ssl_keyfile=settings.ssl_keyfile or None,
     timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
   )
 

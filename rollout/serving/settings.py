@@ -18,6 +18,8 @@ class Settings:
   port: int = 8000  # of HTTP; 0: any that is free
   grpc_port: int = 0  # of JetStream's service; 0: none
   api_key: str = dataclasses.field(default="", repr=False)
+  ssl_certfile: str = ""  # PEM, the chain too; empty: plain HTTP
+  ssl_keyfile: str = ""  # PEM, without a passphrase; empty: in the certificate's file
   model_name: str = ""  # empty: the checkpoint's folder
   dtype: RolloutDtype | None = None  # of the weights
   mesh: MeshConfig = MeshConfig()  # devices along each axis
@@ -54,6 +56,11 @@ class Settings:
       self.grpc_port == 0 or self.mesh.num_devices == 1,
       f"--grpc_port={self.grpc_port} needs one device, not --mesh: JetStream's threads and the HTTP front's would each"
       " start programs that wait for all devices",
+    )
+    require(not self.ssl_keyfile or self.ssl_certfile, "--ssl_keyfile: needs --ssl_certfile")
+    require(
+      not (self.ssl_certfile and self.grpc_port),
+      f"--grpc_port={self.grpc_port}: JetStream's gRPC service speaks plain text, so not with --ssl_certfile",
     )
     require(not self.pages or self.page_size, f"--pages={self.pages}: needs --page_size")
     require(

@@ -8,11 +8,13 @@ import os
 import pathlib
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 
 import grpc
+import httpx2
 import jax
 import numpy as np
 import openai
@@ -23,6 +25,7 @@ from ring_jax.data.tokenizer import Tokenizer
 from ring_jax.launch.score import score
 from rollout.jetstream_compat import server_modules
 from tests.checkpoint import hf_folder
+from tests.launch.certificates import write_certificate
 
 ROOT = pathlib.Path(__file__).parents[2]
 KEY = "a-key-of-the-tests"
@@ -294,6 +297,22 @@ def test_sigterm_lets_requests_end(checkpoint):
   *_, last = stream
   assert last.choices[0].finish_reason == "length"
   assert server.process.wait(timeout=60) == 0
+
+
+def test_https(checkpoint, tmp_path):
+  certificate, key = write_certificate(tmp_path)
+  server = Server(checkpoint, *FLAGS, *SHORT, f"--ssl_certfile={certificate}", f"--ssl_keyfile={key}")
+  assert server.url.startswith("https://127.0.0.1:")
+  trusting = httpx2.Client(verify=ssl.create_default_context(cafile=certificate))
+  client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, http_client=trusting)
+  assert client.completions.create(model="tiny-ring", prompt="a", max_tokens=3).usage.completion_tokens == 3
+  with pytest.raises(openai.APIConnectionError):  # signed by nobody whom others know
+    server.client().models.list()
+  plain = server.url.replace("https", "http")
+  with pytest.raises(httpx2.HTTPError):
+    httpx2.get(f"{plain}/health")
+  client.close()
+  assert server.end() == (0, "")
 
 
 def test_a_second_signal_ends_at_once(checkpoint):

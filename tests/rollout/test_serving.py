@@ -30,6 +30,7 @@ from rollout.serving.settings import Settings, parse_mesh
 from rollout.worker import EngineWorker, Job
 from tests.checkpoint import hf_folder
 from tests.configs import small_run
+from tests.launch.certificates import write_certificate
 from tests.rollout.serving_cases import CONFIG, ENGINE, GREEDY, MODEL, TOKENIZER
 
 LIMITS = Limits(max_prompt_tokens=90, max_tokens=100, max_choices=5, max_body_bytes=20_000)
@@ -333,6 +334,8 @@ def test_what_is_no_json_is_refused(raw):
     ({"port": 80, "grpc_port": 80}, "--grpc_port=80: is --port too"),
     ({"pages": 8}, "--pages=8: needs --page_size$"),
     ({"pages": 8, "page_size": 16, "grpc_port": 9000}, "--pages=8: JetStream has slots of full length"),
+    ({"ssl_keyfile": "key"}, "--ssl_keyfile: needs --ssl_certfile$"),
+    ({"ssl_certfile": "cert", "grpc_port": 9000}, "--grpc_port=9000: JetStream's gRPC service speaks plain text"),
     ({"api_key": "a b"}, "--api_key: must be printable ASCII without blanks$"),
   ],
 )
@@ -416,3 +419,13 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded():
         serve(Settings("nowhere", **flags))
   with pytest.raises(CheckpointError, match="no such folder"):
     serve(Settings("nowhere", port=0))
+
+
+def test_a_certificate_that_cannot_be_used_is_told_before_anything_is_loaded(tmp_path):
+  (tmp_path / "empty.pem").touch()
+  for name, reason in (("missing.pem", "No such file or directory"), ("empty.pem", "no PEM, or not a pair")):
+    with pytest.raises(ConfigError, match=rf"--ssl_certfile=.*{name}: no certificate with its key \({reason}\)$"):
+      serve(Settings("nowhere", port=0, ssl_certfile=str(tmp_path / name)))
+  certificate, key = write_certificate(tmp_path, passphrase=b"words")
+  with pytest.raises(ConfigError, match=r"--ssl_keyfile=.*: no certificate with its key \(the key has a passphrase\)$"):
+    serve(Settings("nowhere", port=0, ssl_certfile=certificate, ssl_keyfile=key))
