@@ -23,8 +23,10 @@ from ring_jax.planning import measured
 from ring_jax.planning.report import best_of_each
 from ring_jax.planning.rollouts import Rollouts
 from ring_jax.planning.roofline import Roofline
+from ring_jax.studies import figures
 from ring_jax.studies.scale import SIZES
-from ring_jax.studies.study import Place, Point, Report, Result, Results, Settings, Study, Table
+from ring_jax.studies.statistics import interval
+from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
 from ring_jax.train.job import run_job
 from ring_jax.train.report import metrics
 from rollout.simulator.lengths import Generator, Shape
@@ -136,7 +138,7 @@ class PlacementStudy(Study):
     return Report(
       findings=_findings(results, settings),
       tables=tables,
-      figures=[],
+      figures=[_picture(results, settings)] if "predicted" in results.arms() else [],
       not_shown=[
         "Parallel work: the fake devices share two cores.",
         "The paper's 11x: its cases and its baseline are not published in a form that could be set up again.",
@@ -244,6 +246,21 @@ def _measured_table(results: Results, settings: Settings) -> Table:
     "Measured on fake devices: seconds of a step of RLHF", ["setting", "placement", "measured", "predicted / measured", "of the best"],
     rows, "The smaller model is not predicted: the law is fitted to runs of the other one.",
   )  # fmt: skip
+
+
+def _picture(results: Results, settings: Settings) -> Figure:
+  shown = {name: steps for name in _settings(settings) if (steps := _steps(results, name))}
+  with figures.picture(1, len(shown), width=3.6, height=2.4) as (figure, axes):
+    for axis, (name, steps) in zip(axes, shown.items(), strict=True):
+      title = _settings(settings)[name].label.replace(", answers", "\nanswers")
+      figures.bars(
+        axis, {strategy: interval([seconds]) for strategy, seconds in steps.items()}, title, "seconds a step"
+      )
+      if predicted := _predictions(results, name):
+        axis.plot(list(predicted.values()), list(predicted), "D", color="black", markersize=4, label="predicted")
+    if axes[0].get_legend_handles_labels()[0]:
+      figures.legend_below(figure, axes[0])
+    return Figure("steps", "A step of RLHF by placement: measured, and what the planner predicts", figures.png(figure))
 
 
 def _pod_table(results: Results) -> Table:

@@ -18,8 +18,9 @@ from configs.scaling import at_length
 from configs.schema import RunConfig
 from ring_jax.compiled import fit, layout
 from ring_jax.compiled.programs import Kind, lower
+from ring_jax.studies import figures
 from ring_jax.studies.statistics import interval
-from ring_jax.studies.study import Place, Point, Report, Result, Results, Settings, Study, Table
+from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
 from ring_jax.studies.training import history
 from ring_jax.train.job import run_job
 from sharding.topology import Topology
@@ -76,7 +77,7 @@ class Scale(Study):
     return Report(
       findings=_findings(results, compiled),
       tables=[_measured_table(results), *([_compiled_table(results, compiled)] if compiled else [])],
-      figures=[],
+      figures=[_picture(results)],
       not_shown=[
         "Speed on a TPU: seconds of the compiled programs are a roofline's, at assumed efficiencies.",
         "Speed-up by devices: the fake ones share the machine's cores.",
@@ -133,6 +134,23 @@ def _measured_table(results: Results) -> Table:
     rows.append([SIZES[size][0], devices, of("generated").format(0), of("trained").format(0), of("step").format(2)])
   header = ["parameters", "devices", "generated, tokens/s", "trained on, answer tokens/s", "step, s"]
   return Table("Measured: RL on the same cores, seen as so many devices", header, rows)
+
+
+def _picture(results: Results) -> Figure:
+  def lines(name: str) -> dict[str, figures.Curves]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for arm in (arm for arm in results.arms() if arm.startswith("run-")):
+      _, size, devices = arm.split("-")
+      rate = statistics.mean(one[name] for one in results.of(arm))
+      found.setdefault(SIZES[size][0], []).append((int(devices), rate))
+    return {label: ([devices for devices, _ in line], [[rate for _, rate in line]]) for label, line in found.items()}
+
+  with figures.picture(1, 2) as (figure, axes):
+    xlabel = "devices, played by the same cores"
+    figures.curves(axes[0], lines("generated"), "Generated", "tokens/s", xlabel, log=True)
+    figures.curves(axes[1], lines("trained"), "Trained on", "answer tokens/s", xlabel, log=True)
+    figures.legend_below(figure, axes[0])
+    return Figure("rates", "Tokens a second by model size, over fake devices", figures.png(figure))
 
 
 def _compiled_table(results: Results, compiled: list[str]) -> Table:
