@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.attention.segments import PADDING, blocks_needed
+from kernels.triton import compiler_params, dot
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _SMALLEST = 16  # of a product's side in Triton
@@ -49,7 +50,7 @@ class _Launches(NamedTuple):
     return max(max(launch.queries, launch.keys) for launch in self)
 
 
-# The best of six each on an H100, heads of 128 (docs/kernels.md).
+# The best of six each on an H100, heads of 128 (docs/gpu.md).
 _HALF = _Launches(forward=Launch(64, 64, 4, 3), dq=Launch(128, 64, 8, 3), dkv=Launch(64, 64, 4, 3))
 _FULL = _Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(32, 32, 4, 2))  # float32
 
@@ -69,7 +70,7 @@ def forward(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, segment_ids_BxT, *, interpret: bool
     out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, H, length), jnp.float32)),
     interpret=interpret,
     name="packed_attention",
-    **_params(launch),
+    compiler_params=compiler_params(launch.warps, launch.stages),
   )(first_BxI, ids_BxT, q, k, v)
   return out_BxTxHxd[:, :T, :, :d], lse_BxHxT[..., :T]
 
@@ -97,7 +98,7 @@ def backward(
     out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
     interpret=interpret,
     name="packed_attention_dq",
-    **_params(launch),
+    compiler_params=compiler_params(launch.warps, launch.stages),
   )(_first_keys(ids_BxT, launch), ids_BxT, *per_query, k, v)
   launch = launches.dkv
   dk_BxTxKxd, dv_BxTxKxd = pl.pallas_call(
@@ -106,7 +107,7 @@ def backward(
     out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
     interpret=interpret,
     name="packed_attention_dkv",
-    **_params(launch),
+    compiler_params=compiler_params(launch.warps, launch.stages),
   )(_end_queries(ids_BxT, launch), ids_BxT, *per_query, k, v)
   return tuple(x[:, :T, :, :d] for x in (dq_BxTxHxd, dk_BxTxKxd, dv_BxTxKxd))
 
@@ -130,7 +131,7 @@ def _forward_kernel(first_BxI, ids_BxT, q_ref, k_ref, v_ref, out_ref, lse_ref, *
     grown_C = jnp.maximum(max_C, jnp.max(scores_CxD, axis=1))
     kept_C, weights_CxD = jnp.exp2(max_C - grown_C), jnp.exp2(scores_CxD - grown_C[:, None])
     v_Dxd = v_ref[b, block, head, :]
-    sum_Cxd = sum_Cxd * kept_C[:, None] + _dot(weights_CxD.astype(v_Dxd.dtype), v_Dxd)
+    sum_Cxd = sum_Cxd * kept_C[:, None] + dot(weights_CxD.astype(v_Dxd.dtype), v_Dxd)
     return sum_Cxd, grown_C, mass_C * kept_C + jnp.sum(weights_CxD, axis=1)
 
   nothing = (
@@ -158,7 +159,7 @@ def _dq_kernel(
     k_Dxd = k_ref[b, block, head, :]
     mask_CxD = _mask(ids_C, ids_BxT[b, block], i * launch.queries, j * launch.keys)
     _, dscores_CxD = _weights(*of_queries, k_Dxd, v_ref[b, block, head, :], mask_CxD, scale)
-    return dq_Cxd + _dot(dscores_CxD.astype(k_Dxd.dtype), k_Dxd)
+    return dq_Cxd + dot(dscores_CxD.astype(k_Dxd.dtype), k_Dxd)
 
   zeros_Cxd = jnp.zeros(of_queries[0].shape, jnp.float32)
   dq_Cxd = lax.fori_loop(first_BxI[b, i], _end_keys(i, launch), keys, zeros_Cxd)
@@ -186,8 +187,8 @@ def _dkv_kernel(
       weights_CxD, dscores_CxD = _weights(
         q_Cxd, dout_Cxd, lse_ref[b, h, block], delta_ref[b, h, block], k_Dxd, v_Dxd, mask_CxD, scale
       )
-      dv_Dxd += _dot(weights_CxD.astype(dout_Cxd.dtype), dout_Cxd, trans_a=True)
-      return dk_Dxd + _dot(dscores_CxD.astype(q_Cxd.dtype), q_Cxd, trans_a=True), dv_Dxd
+      dv_Dxd += dot(weights_CxD.astype(dout_Cxd.dtype), dout_Cxd, trans_a=True)
+      return dk_Dxd + dot(dscores_CxD.astype(q_Cxd.dtype), q_Cxd, trans_a=True), dv_Dxd
 
     return lax.fori_loop(j * launch.keys // launch.queries, end_BxJ[b, j], queries, sums)
 
@@ -204,20 +205,14 @@ def _mask(query_ids_C, key_ids_D, first_query, first_key) -> jax.Array:
 
 def _scores(q_Cxd, k_Dxd, mask_CxD, scale: float) -> jax.Array:
   """In units of log 2, as the hardware has exp2."""
-  return jnp.where(mask_CxD, _dot(q_Cxd, k_Dxd, trans_b=True) * (scale * math.log2(math.e)), _LOWEST)
+  return jnp.where(mask_CxD, dot(q_Cxd, k_Dxd, trans_b=True) * (scale * math.log2(math.e)), _LOWEST)
 
 
 def _weights(q_Cxd, dout_Cxd, lse_C, delta_C, k_Dxd, v_Dxd, mask_CxD, scale: float) -> tuple[jax.Array, jax.Array]:
   """(attention weights, gradient of the scores), [C, D]."""
   weights_CxD = jnp.exp2(_scores(q_Cxd, k_Dxd, mask_CxD, scale) - lse_C[:, None] * math.log2(math.e))
-  dweights_CxD = _dot(dout_Cxd, v_Dxd, trans_b=True)
+  dweights_CxD = dot(dout_Cxd, v_Dxd, trans_b=True)
   return weights_CxD, weights_CxD * (dweights_CxD - delta_C[:, None]) * scale
-
-
-def _dot(a: jax.Array, b: jax.Array, **transposed: bool) -> jax.Array:
-  from jax.experimental.pallas import triton
-
-  return triton.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None, **transposed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,9 +247,3 @@ def _padded(x_BxT: jax.Array, multiple: int) -> jax.Array:
     head_dim = x_BxT.shape[3]
     widths[3] = (0, max(_SMALLEST, 1 << (head_dim - 1).bit_length()) - head_dim)
   return jnp.pad(x_BxT, widths, constant_values=PADDING) if any(after for _, after in widths) else x_BxT
-
-
-def _params(launch: Launch) -> dict:
-  from jax.experimental.pallas import triton
-
-  return {"compiler_params": triton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages)}

@@ -9,7 +9,7 @@ as large as they can be, and the programs beyond end at once.  The last block of
 of all would reach beyond the array and begins earlier instead; rows that are not the block's own are not stored.
 
 XLA has no form of this that is fast on a GPU: `blocked` waits for the host at every turn of its loops, and `ragged_dot`
-multiplies all rows with all matrices (measured, docs/kernels.md).
+multiplies all rows with all matrices (measured, docs/gpu.md).
 
 Dimension key: M rows, E groups, K inner, N outer; V blocks of rows, of B rows each.
 """
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from kernels.triton import compiler_params, dot
 
 DTYPES = (jnp.bfloat16, jnp.float32)  # what the kernels take
 
@@ -56,7 +58,6 @@ def backward(lhs_MxK, rhs_ExKxN, group_sizes_E, dout_MxN, *, interpret: bool = F
 def _rows_times_matrices(x_MxK, rhs, group_sizes_E, *, transposed: bool, interpret: bool) -> jax.Array:
   """x[m] @ rhs[e], or its transpose, in the dtype of x; 0 for rows of no group."""
   from jax.experimental import pallas as pl
-  from jax.experimental.pallas import triton
 
   num_rows, num_groups = x_MxK.shape[0], rhs.shape[0]
   outer = rhs.shape[1 if transposed else 2]
@@ -74,7 +75,7 @@ def _rows_times_matrices(x_MxK, rhs, group_sizes_E, *, transposed: bool, interpr
     kernel,
     grid=(N // launch.outer, blocks.count),  # tiles of one block first: they share its rows
     out_shape=jax.ShapeDtypeStruct((M, N), x_MxK.dtype),
-    compiler_params=triton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+    compiler_params=compiler_params(launch.warps, launch.stages),
     interpret=interpret,
     name="grouped_matmul",
   )(blocks.group_V, blocks.first_V, blocks.end_V, x_MxK, rhs)
@@ -100,7 +101,7 @@ def _product_kernel(group_V, first_V, end_V, x_MxK, rhs, out_MxN, *, launch: Lau
       depth = pl.ds(step * launch.inner, launch.inner)
       x_BxK = triton.load(x_MxK.at[pl.ds(place, launch.rows), depth])
       matrix = rhs.at[e, columns, depth] if transposed else rhs.at[e, depth, columns]
-      return sum_BxN + _dot(x_BxK, triton.load(matrix), trans_b=transposed)
+      return sum_BxN + dot(x_BxK, triton.load(matrix), trans_b=transposed)
 
     zero_BxN = jnp.zeros((launch.rows, launch.outer), jnp.float32)
     sum_BxN = lax.fori_loop(0, inner // launch.inner, add, zero_BxN)
@@ -139,7 +140,6 @@ class _Blocks(NamedTuple):
 def _of_matrices(lhs_MxK, dout_MxN, rhs_ExKxN, group_sizes_E, interpret: bool) -> jax.Array:
   """drhs_ExKxN; 0 for a group without rows."""
   from jax.experimental import pallas as pl
-  from jax.experimental.pallas import triton
 
   num_rows, shape = lhs_MxK.shape[0], rhs_ExKxN.shape
   if 0 in (num_rows, *shape):
@@ -156,7 +156,7 @@ def _of_matrices(lhs_MxK, dout_MxN, rhs_ExKxN, group_sizes_E, interpret: bool) -
     kernel,
     grid=(N // launch.outer, K // launch.inner, shape[0]),
     out_shape=jax.ShapeDtypeStruct((shape[0], K, N), rhs_ExKxN.dtype),
-    compiler_params=triton.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+    compiler_params=compiler_params(launch.warps, launch.stages),
     interpret=interpret,
     name="grouped_matmul_of_matrices",
   )(end_E - sizes_E, end_E, lhs_MxK, dout_MxN)
@@ -180,7 +180,7 @@ def _matrix_kernel(start_E, end_E, lhs_MxK, dout_MxN, drhs_ExKxN, *, launch: Lau
     # Both sides: another group's rows may hold infinities, and 0 * inf is not 0.
     lhs_BxK = triton.load(lhs_MxK.at[pl.ds(place, launch.rows), depth], mask=own_Bx1, other=0.0)
     dout_BxN = triton.load(dout_MxN.at[pl.ds(place, launch.rows), columns], mask=own_Bx1, other=0.0)
-    return sum_KxN + _dot(lhs_BxK, dout_BxN, trans_a=True)
+    return sum_KxN + dot(lhs_BxK, dout_BxN, trans_a=True)
 
   zero_KxN = jnp.zeros((launch.inner, launch.outer), jnp.float32)
   sum_KxN = lax.fori_loop(0, (end - start + launch.rows - 1) // launch.rows, add, zero_KxN)
@@ -189,12 +189,6 @@ def _matrix_kernel(start_E, end_E, lhs_MxK, dout_MxN, drhs_ExKxN, *, launch: Lau
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
-
-
-def _dot(a: jax.Array, b: jax.Array, **transposed: bool) -> jax.Array:
-  from jax.experimental.pallas import triton
-
-  return triton.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None, **transposed)
 
 
 def _side(size: int) -> int:
@@ -217,7 +211,7 @@ def _row_block(num_rows: int, num_groups: int) -> int:
 
 
 def _launch(num_rows: int, num_groups: int, inner: int, outer: int, dtype: jnp.dtype) -> Launch:
-  """The best of ten on an H100 for many rows and of six for few, bfloat16 (docs/kernels.md)."""
+  """The best of ten on an H100 for many rows and of six for few, bfloat16 (docs/gpu.md)."""
   rows = _row_block(num_rows, num_groups)
   deepest = 32 if dtype == jnp.float32 else 128 if rows == _FEWEST_ROWS else 64
   return Launch(rows, min(_side(inner), deepest), min(_side(outer), 128), 8 if rows == _ROW_BLOCKS[0] else 4, 3)
