@@ -143,7 +143,7 @@ class PlacementStudy(Study):
         "Parallel work: the fake devices share two cores.",
         "The paper's 11x: its cases and its baseline are not published in a form that could be set up again.",
         "Pods: formulas at assumed efficiencies, nothing was run.",
-        "Intervals over seeds: a point is one run, its step time the median of its steps after the third.",
+        "Intervals over seeds: a point is one run, and its steps after the third are what varies.",
       ],
     )
 
@@ -165,7 +165,8 @@ def _settings(settings: Settings) -> Mapping[str, Setting]:
 
 def _timed(workdir: pathlib.Path) -> Result:
   run = _read(workdir)
-  return {"step": run.step_seconds, "seconds": {str(stage): seconds for stage, seconds in run.seconds.items()}}
+  seconds = {str(stage): seconds for stage, seconds in run.seconds.items()}
+  return {"step": run.step_seconds, "every": list(run.every_step), "seconds": seconds}
 
 
 def _read(workdir: pathlib.Path) -> measured.Run:
@@ -241,10 +242,11 @@ def _measured_table(results: Results, settings: Settings) -> Table:
     for strategy, seconds in steps.items():
       shown = f"**{seconds:.2f}**" if seconds == best else f"{seconds:.2f}"
       ratio = f"{predicted[strategy] / seconds:.2f}" if strategy in predicted else "not predicted"
-      rows.append([setting.label, strategy, shown, ratio, f"{seconds / best:.2f}"])
+      every = [step for one in results.of(f"{strategy}_{name}") for step in one["every"]]
+      rows.append([setting.label, strategy, shown, interval(every).format(2), ratio, f"{seconds / best:.2f}"])
   return Table(
-    "Measured on fake devices: seconds of a step of RLHF", ["setting", "placement", "measured", "predicted / measured", "of the best"],
-    rows, "The smaller model is not predicted: the law is fitted to runs of the other one.",
+    "Measured on fake devices: seconds of a step of RLHF", ["setting", "placement", "median", "mean", "predicted / median", "of the best"],
+    rows, "Intervals are over the steps of a run. The smaller model is not predicted: the law is fitted to runs of the other one.",
   )  # fmt: skip
 
 

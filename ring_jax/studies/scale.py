@@ -82,7 +82,7 @@ class Scale(Study):
         "Speed on a TPU: seconds of the compiled programs are a roofline's, at assumed efficiencies.",
         "Speed-up by devices: the fake ones share the machine's cores.",
         "Ring-flash and Ring-1T, which docs/sharding.md has (`make test-pods` compiles them).",
-        "Intervals over seeds: a measured point is one run, its rate that of the median step.",
+        "Intervals over seeds: a measured point is one run, and intervals are over its steps after the second.",
       ],
     )
 
@@ -90,14 +90,14 @@ class Scale(Study):
 def _rates(found: dict[str, Any]) -> Result:
   series, seconds = found["series"], found["seconds"]
   after = lambda values: values[_WARM_UP:]  # noqa: E731
-  median = lambda tokens, times: statistics.median(  # noqa: E731
+  rates = lambda tokens, times: [  # noqa: E731
     count / time for count, time in zip(after(tokens), after(times), strict=True) if count and time
-  )
+  ]
   train = [one + other for one, other in zip(seconds["train"], seconds["logp"], strict=True)]
   return {
-    "generated": median(series["scheduler/tokens_generated"], seconds["rollout"]),
-    "trained": median(series["policy/tokens"], train),
-    "step": statistics.median(after(seconds["step"])),
+    "generated": rates(series["scheduler/tokens_generated"], seconds["rollout"]),
+    "trained": rates(series["policy/tokens"], train),
+    "step": after(seconds["step"]),
   }
 
 
@@ -130,7 +130,7 @@ def _measured_table(results: Results) -> Table:
   rows = []
   for arm in (arm for arm in results.arms() if arm.startswith("run-")):
     _, size, devices = arm.split("-")
-    of = lambda name, arm=arm: interval([one[name] for one in results.of(arm)])  # noqa: E731
+    of = lambda name, arm=arm: interval([value for one in results.of(arm) for value in one[name]])  # noqa: E731
     rows.append([SIZES[size][0], devices, of("generated").format(0), of("trained").format(0), of("step").format(2)])
   header = ["parameters", "devices", "generated, tokens/s", "trained on, answer tokens/s", "step, s"]
   return Table("Measured: RL on the same cores, seen as so many devices", header, rows)
@@ -141,7 +141,7 @@ def _picture(results: Results) -> Figure:
     found: dict[str, list[tuple[int, float]]] = {}
     for arm in (arm for arm in results.arms() if arm.startswith("run-")):
       _, size, devices = arm.split("-")
-      rate = statistics.mean(one[name] for one in results.of(arm))
+      rate = statistics.mean(value for one in results.of(arm) for value in one[name])
       found.setdefault(SIZES[size][0], []).append((int(devices), rate))
     return {label: ([devices for devices, _ in line], [[rate for _, rate in line]]) for label, line in found.items()}
 
@@ -178,7 +178,7 @@ def _compiled_table(results: Results, compiled: list[str]) -> Table:
 def _findings(results: Results, compiled: list[str]) -> list[str]:
   found = []
   if {"run-tiny-1", "run-tiny-8"} <= set(results.arms()):
-    one, eight = (results.of(f"run-tiny-{devices}")[0]["step"] for devices in (1, 8))
+    one, eight = (statistics.mean(results.of(f"run-tiny-{devices}")[0]["step"]) for devices in (1, 8))
     found.append(
       f"The smallest model's step takes {eight / one:.1f} times as long on the same cores seen as eight devices: dispatch and exchange."
     )
