@@ -243,10 +243,11 @@ def _measured_table(results: Results, settings: Settings) -> Table:
       shown = f"**{seconds:.2f}**" if seconds == best else f"{seconds:.2f}"
       ratio = f"{predicted[strategy] / seconds:.2f}" if strategy in predicted else "not predicted"
       every = [step for one in results.of(f"{strategy}_{name}") for step in one["every"]]
-      rows.append([setting.label, strategy, shown, interval(every).format(2), ratio, f"{seconds / best:.2f}"])
+      low, _, high = statistics.quantiles(every, n=4, method="inclusive")
+      rows.append([setting.label, strategy, shown, f"{low:.2f} to {high:.2f}", ratio, f"{seconds / best:.2f}"])
   return Table(
-    "Measured on fake devices: seconds of a step of RLHF", ["setting", "placement", "median", "mean", "predicted / median", "of the best"],
-    rows, "Intervals are over the steps of a run. The smaller model is not predicted: the law is fitted to runs of the other one.",
+    "Measured on fake devices: seconds of a step of RLHF", ["setting", "placement", "median", "middle half", "predicted / median", "of the best"],
+    rows, "Medians, and the middle half, are of the steps of one run; a step in which a new number of microbatches is compiled is far out. The smaller model is not predicted: the law is fitted to runs of the other one.",
   )  # fmt: skip
 
 
