@@ -85,9 +85,10 @@ class _Transformers:
     import torch
     import transformers
 
+    from parity import torch_device
+
     torch.set_num_threads(_THREADS.value)
-    if _DEVICE.value == "gpu":  # on a CPU not even "cpu": to have said any costs every operation something
-      torch.set_default_device("cuda")
+    torch_device.use("cuda" if _DEVICE.value == "gpu" else "cpu")
     transformers.logging.set_verbosity_error()
     self.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     self._model: Any = None

@@ -21,10 +21,8 @@ import sys
 from typing import Any
 
 import jax
-import torch
 from absl import flags
 
-from configs.schema import require
 from parity import report
 from parity.compare import Suite
 from ring_jax.launch import app
@@ -63,14 +61,12 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       continue
   found["JAX on"] = jax.devices()[0].device_kind
-  found["PyTorch on"] = torch.cuda.get_device_name() if torch.get_default_device().type == "cuda" else "cpu"
+  found["PyTorch on"] = importlib.import_module("parity.torch_device").describe()
   return found
 
 
 def main() -> None:
-  if FLAGS.torch_device == "cuda":
-    require(torch.cuda.is_available(), "--torch_device=cuda: PyTorch sees no GPU here")
-    torch.set_default_device("cuda")
+  importlib.import_module("parity.torch_device").use(FLAGS.torch_device)  # late, as help needs no PyTorch
   suites = []
   for name in SUITES if FLAGS.suite == "all" else (FLAGS.suite,):
     suites.append(run_suite(name, FLAGS.full, FLAGS.vllm_python, FLAGS.vllm_draws))
