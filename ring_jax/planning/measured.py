@@ -71,10 +71,14 @@ class Run:
   name: str
   config: RunConfig
   seconds: Mapping[Stage, float]  # of the median step
-  step_seconds: float  # of the median step
   every_step: Sequence[float]  # seconds of each step that counts
   answers: Sequence[tuple[int, int]]  # tokens of prompt and answer
   trained: float  # share of the answers that were trained on
+
+  @property
+  def step_seconds(self) -> float:
+    """Of the median step."""
+    return statistics.median(self.every_step)
 
 
 def read_run(workdir: pathlib.Path, phase: str, metrics: Sequence[Mapping], timings: Sequence[Mapping]) -> Run:
@@ -99,7 +103,7 @@ def read_run(workdir: pathlib.Path, phase: str, metrics: Sequence[Mapping], timi
   without = [record["without_advantage"] for record in shown if "without_advantage" in record]
   dropped = without if config.phase(phase).advantage is not Advantage.GAE else []
   return Run(
-    workdir.name, config, seconds, statistics.median(totals), totals, _answers(workdir, steps),
+    workdir.name, config, seconds, totals, _answers(workdir, steps),
     1 - (statistics.mean(dropped) if dropped else 0.0),
   )  # fmt: skip
 

@@ -10,7 +10,7 @@ first round is not counted.
 On a machine that others use too, `--threads=1 --clock=processor` counts the processor time that each engine takes: with
 one thread, what the wall clock would show if the machine were free.
 
-Every engine runs on what JAX runs on: the CPU, or one GPU.  An engine that is not installed is left out, and the report says so.  In float32 the others score what ours sampled, and a
+Where JAX runs on a GPU, every engine does; else the others run on the CPU.  An engine that is not installed is left out, and the report says so.  In float32 the others score what ours sampled, and a
 difference of more than 1e-4 in a log-prob is an error.
 """
 
@@ -76,9 +76,10 @@ def _processor() -> str:
 def _start(threads: int) -> tuple[dict[str, Peer], dict[str, str]]:
   """(the peers that there are, why the others are not)."""
   peers, absent = {}, {}
+  device = "gpu" if jax.default_backend() == "gpu" else "cpu"
   for name in _PEERS.value:
     try:
-      peers[name] = Peer(name, threads, _CLOCK.value, _PYTHON.value or None, jax.default_backend())
+      peers[name] = Peer(name, threads, _CLOCK.value, _PYTHON.value or None, device)
     except PeerError as error:
       absent[name] = str(error)
   return peers, absent

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from configs.parallel import MeshConfig, ParallelConfig
+from configs.scaling import rounded
 from configs.schema import BudgetCounts, ModelConfig, RolloutConfig, RolloutDtype, Unit
 from ring_jax.model import Params
 from rollout.driver import RolloutDriver
@@ -71,7 +72,7 @@ class HostShare:
     config = RolloutConfig(
       token_budget=2 * slots * tokens, slots=slots, group_size=group, pool=2 * slots, unit=Unit.ROLLOUT, dtype=dtype,
       budget_counts=BudgetCounts.GENERATED, max_prompt_tokens=prompt, max_tokens=tokens, steps_per_dispatch=steps,
-      prefill_batch=-(-max(1, slots // group) // mesh.data) * mesh.data,
+      prefill_batch=rounded(max(1, slots // group), mesh.data),
     )  # fmt: skip
     model = dataclasses.replace(model, parallel=ParallelConfig(mesh=mesh))
     engine = RingEngine(

@@ -18,6 +18,7 @@ import numpy as np
 
 from configs.base import Enum
 from configs.parallel import MeshConfig, ParallelConfig
+from configs.scaling import rounded
 from configs.schema import ModelConfig, RolloutConfig, RolloutDtype
 from ring_jax.model import Params
 from ring_jax.records import FinishReason
@@ -68,10 +69,9 @@ class Ours:
     clock: Callable[[], float] = time.perf_counter,
   ):
     self._clock = clock
-    together, parts = max(1, min(slots, PREFILL_TOKENS // prompt)), mesh.data
     self._config = RolloutConfig(
       token_budget=1, slots=slots, group_size=1, dtype=dtype, max_prompt_tokens=prompt, max_tokens=length - prompt,
-      prefill_batch=-(-together // parts) * parts, steps_per_dispatch=steps,
+      prefill_batch=rounded(max(1, min(slots, PREFILL_TOKENS // prompt)), mesh.data), steps_per_dispatch=steps,
     )  # fmt: skip
     model = dataclasses.replace(model, parallel=ParallelConfig(mesh=mesh))
     # No end token: all engines draw the same number.

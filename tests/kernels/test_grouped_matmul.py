@@ -193,10 +193,15 @@ def test_the_default_runs_blocked_on_a_cpu():
 
 
 def test_lowers_for_cuda(monkeypatch):
-  monkeypatch.setattr(choice, "compiles_for_gpus", lambda: True)
+  """In plain XLA, which can be exported; where there is JAX's plugin, its kernels."""
   shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype) for x in arrays(700, [301, 0, 399])]
   program = functools.partial(value_and_gradients.__wrapped__, implementation=None)
-  text = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+  monkeypatch.setattr(choice, "compiles_for_gpus", lambda: False)
+  text = jax.export.export(jax.jit(program), platforms=["cuda"])(*shapes).mlir_module()
+  assert "dot_general" in text and "tpu_custom_call" not in text
+  monkeypatch.setattr(choice, "compiles_for_gpus", lambda: True)
+  with_kernels = functools.partial(value_and_gradients.__wrapped__, implementation=None)
+  text = jax.jit(with_kernels).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("gpu.triton") == 3 and "stablehlo.dot_general" not in text and "tpu_custom_call" not in text
 
 

@@ -124,7 +124,7 @@ def test_what_cannot_be_fitted_says_so(tmp_path):
 
 def test_the_comparison_names_both_winners(runs):
   costs = measured.Measured(runs, "rlhf")
-  slow = dataclasses.replace(runs[0], step_seconds=1e3)
+  slow = dataclasses.replace(runs[0], every_step=[1e3])
   found = measured.compare(costs, [slow, runs[2]], "rlhf")
   assert not found.summary()["right_winner"] and found.measured_winner is runs[2]
   assert "but data8 was measured to be" in found.lines()[-1] and found.lines()[0].startswith("data1  colocated")
