@@ -124,6 +124,7 @@ class RingEngine(engine_api.Engine):
     self.pages = (config.pages or full) // self.batch_parts  # of each of these devices
     self._longest = min(self._length, self.pages * self.page_size or self._length)
     self.programs = self._programs()
+    self._packs: dict[jax.sharding.Mesh | None, rules.Program] = {}  # by the mesh that weights come from
 
   def _programs(self) -> "Programs":
     on_mesh = functools.partial(rules.Program, self._mesh)
@@ -163,13 +164,19 @@ class RingEngine(engine_api.Engine):
     source = getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh = source.mesh if isinstance(source, jax.sharding.NamedSharding) else None
     if self._mesh is not None and (mesh is None or not np.array_equal(mesh.devices.flat, self._mesh.devices.flat)):
-      packed = rules.Program(mesh, functools.partial(weights.pack, dtype=self.config.dtype))(params)
+      packed = self._pack_on(mesh)(params)
       accept = None if probe is None else functools.partial(probe, params)
       return self._link.send(packed, version, accept)
     stored = self.programs.pack(params) if self._mesh is None else self.transfer(params)
     if probe is not None:
       probe(params, stored, version)
     return stored
+
+  def _pack_on(self, mesh: jax.sharding.Mesh | None) -> rules.Program:
+    """The same program for every version: a new one would be traced, and compiled, again."""
+    if mesh not in self._packs:
+      self._packs[mesh] = rules.Program(mesh, functools.partial(weights.pack, dtype=self.config.dtype))
+    return self._packs[mesh]
 
   @functools.cached_property
   def _link(self) -> WeightLink:

@@ -38,7 +38,7 @@ from rollout.simulator.calibration import least_absolute
 from rollout.simulator.lengths import Trace
 from sharding.planner import Estimate, Generation, Holdings, Price, Stage, estimate
 
-_WARM_UP = 3  # steps that are left out
+WARM_UP = 3  # steps that are left out
 _FEWEST = 3  # steps that a median needs
 
 # Names in timings.jsonl.  The hand-over to the shadow critic is within sync, and is priced like the engine's.
@@ -91,15 +91,15 @@ def read_run(workdir: pathlib.Path, phase: str, metrics: Sequence[Mapping], timi
     ConfigError: what it lacks.
   """
   config = loading.of_run(workdir, str(workdir))
-  steps = [record for record in timings if record.get("phase") == phase][_WARM_UP:]
+  steps = [record for record in timings if record.get("phase") == phase][WARM_UP:]
   if len(steps) < _FEWEST:
-    raise ConfigError(f"{workdir}: holds {len(steps)} timed {phase} steps after the first {_WARM_UP}, needs {_FEWEST}")
+    raise ConfigError(f"{workdir}: holds {len(steps)} timed {phase} steps after the first {WARM_UP}, needs {_FEWEST}")
   each = [_stages(step) for step in steps]
   seconds = {
     stage: statistics.median(one[stage] for one in each) for stage in each[0] if all(stage in one for one in each)
   }
   totals = [step.get("seconds/step", sum(one.values())) for step, one in zip(steps, each, strict=True)]
-  shown = [record for record in metrics if record.get("phase") == phase][_WARM_UP:]
+  shown = [record for record in metrics if record.get("phase") == phase][WARM_UP:]
   without = [record["without_advantage"] for record in shown if "without_advantage" in record]
   dropped = without if config.phase(phase).advantage is not Advantage.GAE else []
   return Run(

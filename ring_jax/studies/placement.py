@@ -2,7 +2,7 @@
 
     calibration   co-located runs on this machine, to which the planner's law is fitted       planning/measured.py
     measured      every strategy in every setting; the law has not seen them
-    predicted     what it says of them, and whether it names the winner
+    predicted     what it says of them, and whether it names the winner: a law a seed, of the runs of that seed
     pods          the planner's formulas for slices of v5p: simulated, on no hardware          planning/roofline.py
 
 RLHF with all roles: PPO with actor, critic, reference and reward model.  `naive` is one layout for all of them, the engine
@@ -25,9 +25,9 @@ from ring_jax.planning.rollouts import Rollouts
 from ring_jax.planning.roofline import Roofline
 from ring_jax.studies import figures
 from ring_jax.studies.scale import SIZES
-from ring_jax.studies.statistics import interval
+from ring_jax.studies.statistics import Interval, interval
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
-from ring_jax.train.job import run_job
+from ring_jax.studies.training import timed
 from ring_jax.train.report import metrics
 from rollout.simulator.lengths import Generator, Shape
 from sharding.planner import naive_estimate, search
@@ -74,9 +74,9 @@ def config_of(setting: Setting, settings: Settings) -> RunConfig:
     {
       **{f"model.{name}": value for name, value in SIZES[setting.size][1].items()},
       "name": "placement", "sft.steps": "0", "rl.steps": "0", "reward_model.steps": "1",
-      "rlhf.steps": "6" if settings.quick else "10", "rlhf.eval_every": "0", "rlhf.optimizer.learning_rate": "1e-5",
+      "rlhf.steps": "6" if settings.quick else "7", "rlhf.eval_every": "0", "rlhf.optimizer.learning_rate": "1e-5",
       "rollout.slots": "8", "rollout.pool": "16", "rollout.max_tokens": str(setting.answer), "rollout.prefill_batch": "8",
-      "rollout.token_budget": str(8 * setting.answer), "packing.rows": "8", "eval.slots": "16", "eval.problems": "16",
+      "rollout.token_budget": str(8 * setting.answer), "packing.rows": "8", "eval.slots": "8", "eval.problems": "8",
       "eval.samples": "1", "reward_model.probe_pairs": "16", "checkpoint.every": "100",
     },
   )  # fmt: skip
@@ -110,27 +110,32 @@ class PlacementStudy(Study):
 
   def points(self, settings: Settings) -> list[Point]:
     chosen = ("colocated",) if settings.quick else STRATEGIES
-    calibration = [
-      Point(f"calibration_{name}", devices=devices, alone=True)
-      for name, (devices, _) in _CALIBRATION.items()
-      if not settings.quick or name == "1"
-    ]
-    runs = [
-      Point(f"{strategy}_{name}", devices=setting.devices, alone=True)
-      for name, setting in _settings(settings).items()
-      for strategy in chosen
-    ]
-    # With all cores, as the law asks how many there are.
-    predicted = Point("predicted", alone=True, needs=tuple(one.name for one in calibration + runs))
-    return [*calibration, *runs, predicted, Point("pods")]
+    runs, predicted = [], []
+    for (
+      seed
+    ) in settings.all_seeds:  # all arms of a seed, then the next: what the machine does meanwhile falls on all of them
+      calibration = [
+        Point(f"calibration_{name}", seed, devices=devices, turns=True)
+        for name, (devices, _) in _CALIBRATION.items()
+        if not settings.quick or name == "1"
+      ]
+      own = [
+        Point(f"{strategy}_{name}", seed, devices=setting.devices, turns=True)
+        for name, setting in _settings(settings).items()
+        for strategy in chosen
+      ]
+      runs += calibration + own
+      # With all cores, as the law asks how many there are.
+      predicted.append(Point("predicted", seed, alone=True, needs=tuple(one.name for one in calibration + own)))
+    return [*runs, *predicted, Point("pods")]
 
   def measure(self, point: Point, settings: Settings, place: Place) -> Result:
     if point.arm == "pods":
       return {"rows": [row for model in _PODS for row in _simulated(model, settings)]}
     if point.arm == "predicted":
-      return _predicted(self.points(settings), settings, place)
-    run_job(_config(point.arm, settings), str(place.folder / "run"), watchdog=0)
-    return _timed(place.folder / "run")
+      return _predicted([one for one in self.points(settings) if one.name in point.needs], settings, place)
+    config = dataclasses.replace(_config(point.arm, settings), seed=point.seed)
+    return {"step": _read(timed(config, _PHASE, measured.WARM_UP, place)).step_seconds}
 
   def report(self, settings: Settings, results: Results) -> Report:
     tables = [*([_measured_table(results, settings)] if "predicted" in results.arms() else []),
@@ -143,7 +148,6 @@ class PlacementStudy(Study):
         "Parallel work: the fake devices share two cores.",
         "The paper's 11x: its cases and its baseline are not published in a form that could be set up again.",
         "Pods: formulas at assumed efficiencies, nothing was run.",
-        "Intervals over seeds: a point is one run, and its steps after the third are what varies.",
       ],
     )
 
@@ -163,19 +167,13 @@ def _settings(settings: Settings) -> Mapping[str, Setting]:
   return _QUICK if settings.quick else SETTINGS
 
 
-def _timed(workdir: pathlib.Path) -> Result:
-  run = _read(workdir)
-  seconds = {str(stage): seconds for stage, seconds in run.seconds.items()}
-  return {"step": run.step_seconds, "every": list(run.every_step), "seconds": seconds}
-
-
 def _read(workdir: pathlib.Path) -> measured.Run:
   return measured.read_run(workdir, _PHASE, *metrics.read_logs(workdir))
 
 
 def _predicted(points: Sequence[Point], settings: Settings, place: Place) -> Result:
-  timed = [point for point in points if point.alone and point.arm != "predicted"]
-  runs = {point.arm: _read(place.of(point.name) / "run") for point in timed}
+  """By setting and arm, seconds of a step."""
+  runs = {point.arm: _read(place.of(point.name) / "run") for point in points}
   calibration = [run for arm, run in runs.items() if arm.startswith("calibration_")]
   law = measured.Measured(calibration, _PHASE)
   found: dict[str, Any] = {}
@@ -218,36 +216,47 @@ def _simulated(model: str, settings: Settings) -> list[dict[str, Any]]:
 # ---- what it says
 
 
-def _steps(results: Results, name: str) -> dict[str, float]:
-  """Measured seconds of a step by strategy, in a setting."""
+def _steps(results: Results, name: str) -> dict[str, list[float]]:
+  """Measured seconds of a step in a setting: by strategy, in the order of seeds."""
+  arms = results.arms()
   return {
-    strategy: statistics.mean(one["step"] for one in results.of(f"{strategy}_{name}"))
+    strategy: [one["step"] for one in results.of(f"{strategy}_{name}")]
     for strategy in STRATEGIES
-    if f"{strategy}_{name}" in results.arms()
+    if f"{strategy}_{name}" in arms
   }
 
 
-def _predictions(results: Results, name: str) -> dict[str, float]:
-  found = results.of("predicted")[0]["seconds"].get(name, {}) if "predicted" in results.arms() else {}
-  return {arm.removesuffix(f"_{name}"): seconds for arm, seconds in found.items()}
+def _predictions(results: Results, name: str) -> dict[str, list[float]]:
+  found: dict[str, list[float]] = {}
+  for one in results.of("predicted"):
+    for arm, seconds in one["seconds"].get(name, {}).items():
+      found.setdefault(arm.removesuffix(f"_{name}"), []).append(seconds)
+  return found
+
+
+def _fastest(steps: Mapping[str, Sequence[float]]) -> str:
+  return min(steps, key=lambda strategy: statistics.mean(steps[strategy]))
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
+  """Within a seed."""
+  return interval([one / other for one, other in zip(above, below, strict=True)])
 
 
 def _measured_table(results: Results, settings: Settings) -> Table:
   rows = []
   for name, setting in _settings(settings).items():
     steps, predicted = _steps(results, name), _predictions(results, name)
-    if not steps:
-      continue
-    best = min(steps.values())
     for strategy, seconds in steps.items():
-      shown = f"**{seconds:.2f}**" if seconds == best else f"{seconds:.2f}"
-      ratio = f"{predicted[strategy] / seconds:.2f}" if strategy in predicted else "not predicted"
-      every = [step for one in results.of(f"{strategy}_{name}") for step in one["every"]]
-      low, _, high = statistics.quantiles(every, n=4, method="inclusive")
-      rows.append([setting.label, strategy, shown, f"{low:.2f} to {high:.2f}", ratio, f"{seconds / best:.2f}"])
+      best, shown = _fastest(steps), interval(seconds).format(2)
+      ratio = _ratio(predicted[strategy], seconds).format(2) if strategy in predicted else "not predicted"
+      rows.append([
+        setting.label, strategy, f"**{shown}**" if strategy == best else shown, ratio,
+        "1" if strategy == best else _ratio(seconds, steps[best]).format(2),
+      ])  # fmt: skip
   return Table(
-    "Measured on fake devices: seconds of a step of RLHF", ["setting", "placement", "median", "middle half", "predicted / median", "of the best"],
-    rows, "Medians, and the middle half, are of the steps of one run; a step in which a new number of microbatches is compiled is far out. The smaller model is not predicted: the law is fitted to runs of the other one.",
+    "Measured on fake devices: seconds of a step of RLHF", ["setting", "placement", "step, s", "predicted / measured", "of the best"],
+    rows, "A run's step is the median of those after the third. Ratios are within a seed, and so is the law that predicts: it is fitted to that seed's calibration runs, which are of the larger model.",
   )  # fmt: skip
 
 
@@ -256,11 +265,10 @@ def _picture(results: Results, settings: Settings) -> Figure:
   with figures.picture(1, len(shown), width=3.6, height=2.4) as (figure, axes):
     for axis, (name, steps) in zip(axes, shown.items(), strict=True):
       title = _settings(settings)[name].label.replace(", answers", "\nanswers")
-      figures.bars(
-        axis, {strategy: interval([seconds]) for strategy, seconds in steps.items()}, title, "seconds a step"
-      )
+      figures.bars(axis, {strategy: interval(seconds) for strategy, seconds in steps.items()}, title, "seconds a step")
       if predicted := _predictions(results, name):
-        axis.plot(list(predicted.values()), list(predicted), "D", color="black", markersize=4, label="predicted")
+        means = [statistics.mean(seconds) for seconds in predicted.values()]
+        axis.plot(means, list(predicted), "D", color="black", markersize=4, label="predicted")
     if axes[0].get_legend_handles_labels()[0]:
       figures.legend_below(figure, axes[0])
     return Figure("steps", "A step of RLHF by placement: measured, and what the planner predicts", figures.png(figure))
@@ -291,33 +299,49 @@ def _pod_table(results: Results) -> Table:
 
 
 def _findings(results: Results, settings: Settings) -> list[str]:
-  found, ratios, right = [], [], []
-  largest = (0.0, "")
+  return [*_largest_measured(results, settings), *_planner(results, settings), *_largest_simulated(results)]
+
+
+def _largest_measured(results: Results, settings: Settings) -> list[str]:
+  found = []
   for name, setting in _settings(settings).items():
+    if steps := _steps(results, name):
+      best = _fastest(steps)
+      for strategy in steps.keys() - {best}:
+        ratio = _ratio(steps[strategy], steps[best])
+        found.append((ratio.mean, f"{ratio.format(2)} ({setting.label}: {best} against {strategy})"))
+  if not found:
+    return []
+  return [f"The largest measured ratio is {max(found)[1]}; the paper says up to 11, on its clusters."]
+
+
+def _planner(results: Results, settings: Settings) -> list[str]:
+  """How often it is near, and how often it names the winner: of means over seeds, and seed by seed."""
+  ratios, right, right_seeds, seeds = [], [], 0, 0
+  for name in _settings(settings):
     steps, predicted = _steps(results, name), _predictions(results, name)
-    if steps:
-      winner = min(steps, key=steps.__getitem__)
-      slowest = max(steps, key=steps.__getitem__)
-      largest = max(largest, (steps[slowest] / steps[winner], f"{setting.label}: {winner} against {slowest}"))
     if predicted:
-      ratios += [predicted[strategy] / steps[strategy] for strategy in predicted]
-      right.append(min(predicted, key=predicted.__getitem__) == min(steps, key=steps.__getitem__))
-  if largest[1]:
-    found.append(
-      f"The largest measured ratio is {largest[0]:.1f}x ({largest[1]}); the paper says up to 11x, on its clusters."
-    )
-  if ratios:
-    within = sum(abs(ratio - 1) <= 0.2 for ratio in ratios)
-    found.append(
-      f"The planner, calibrated by other runs, is within 20% of {within} of {len(ratios)} measured step times (from {min(ratios):.2f} to"
-      f" {max(ratios):.2f}), and names the winner in {sum(right)} of {len(right)} settings."
-    )
+      ratios += [_ratio(seconds, steps[strategy]).mean for strategy, seconds in predicted.items()]
+      right.append(_fastest(predicted) == _fastest(steps))
+      for one in range(len(steps[STRATEGIES[0]])):
+        own, told = ({strategy: [values[one]] for strategy, values in of.items()} for of in (steps, predicted))
+        right_seeds, seeds = right_seeds + (_fastest(own) == _fastest(told)), seeds + 1
+  if not ratios:
+    return []
+  within = sum(abs(ratio - 1) <= 0.2 for ratio in ratios)
+  return [
+    f"The planner, calibrated by other runs, is within 20% of {within} of {len(ratios)} measured step times (from {min(ratios):.2f} to"
+    f" {max(ratios):.2f}), and names the winner in {sum(right)} of {len(right)} settings; seed by seed, in {right_seeds} of {seeds}."
+  ]
+
+
+def _largest_simulated(results: Results) -> list[str]:
   simulated = [
     (max(row["rates"].values()) / row["naive"], f"{row['model']} on {row['topology']}, mean length {row['mean']:,}")
     for row in (results.of("pods")[0]["rows"] if "pods" in results.arms() else [])
     if row["naive"]
   ]
-  if simulated:
-    factor, where = max(simulated)
-    found.append(f"The largest simulated ratio of the best placement over the naive one is {factor:.0f}x ({where}).")
-  return found
+  if not simulated:
+    return []
+  factor, where = max(simulated)
+  return [f"The largest simulated ratio of the best placement over the naive one is {factor:.0f} ({where})."]

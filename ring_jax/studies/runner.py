@@ -1,16 +1,21 @@
 """Measures the points of a study side by side: a core a point, the whole machine for one that is alone.
 
-Each is a process (child.py) with its output in a file.  A point with a result is not measured again, and a training run that
+Points that take turns run side by side too, as they spend most of their time on what nobody times: tracing and compiling.
+Whose turn it is has the machine to itself, as the others' processes are stopped meanwhile.
+
+Each is a process (child.py) with its output in a file, and they share compiled programs, as seeds differ in no program.  A point with a result is not measured again, and a training run that
 was stopped goes on where it stood, so that the same command resumes a study.  A point that fails does not stop the others
 that do not need it.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,12 +24,13 @@ from typing import Any
 
 from configs.schema import ConfigError
 from configs.status import ExitStatus
-from ring_jax.studies.child import RESULT
+from ring_jax.studies.child import BEGIN, END, GRANTED, RESULT
 from ring_jax.studies.study import Point, Results, Settings, Study
 
 _LOOK_SECONDS = 0.2
 _NEWS_SECONDS = 15.0
 _LOG = "log.txt"
+_COMPILED = ".compiled"  # a folder of programs, where the environment names none
 _LOG_LINES = 12  # of a failed point, shown
 
 
@@ -36,7 +42,9 @@ class StudyError(ConfigError):
 class _Running:
   point: Point
   process: subprocess.Popen
-  cores: list[int]
+  cores: list[int]  # its own; none where it takes turns
+  line: socket.socket
+  waits: bool = False  # for its turn
 
 
 class Runner:
@@ -51,6 +59,7 @@ class Runner:
     self._free = sorted(os.sched_getaffinity(0))
     self._cores = len(self._free)
     self._running: list[_Running] = []
+    self._turn: _Running | None = None
     self._failed: list[Point] = []
     self._started = self._told = time.monotonic()
 
@@ -73,6 +82,7 @@ class Runner:
             waiting.remove(point)
             self._start(point)
         self._collect()
+        self._give_turns()
         self._tell(len(waiting))
         time.sleep(_LOOK_SECONDS)
     except BaseException:
@@ -93,18 +103,27 @@ class Runner:
   # ---- one point
 
   def _start(self, point: Point) -> None:
-    cores = [self._free.pop(0) for _ in range(self._wanted(point))]
+    cores = [] if point.turns else [self._free.pop(0) for _ in range(self._wanted(point))]
     folder = self._home / point.name
     folder.mkdir(parents=True, exist_ok=True)
     kind, settings = type(self._study), json.dumps(dataclasses.asdict(self._settings))
-    arguments = [kind.__module__, kind.__name__, point.name, str(self._home), settings]
-    with open(folder / _LOG, "a") as log:
+    line, its_end = socket.socketpair()
+    arguments = [kind.__module__, kind.__name__, point.name, str(self._home), settings, str(its_end.fileno())]
+    with open(folder / _LOG, "a") as log, its_end:
       process = subprocess.Popen(
         [sys.executable, "-m", "ring_jax.studies.child", *arguments], stdout=log, stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL, env=os.environ | {"JAX_NUM_CPU_DEVICES": str(point.devices)},
+        stdin=subprocess.DEVNULL, env=self._environment(point), pass_fds=[its_end.fileno()],
       )  # fmt: skip
-    os.sched_setaffinity(process.pid, cores)  # before it starts the threads of its computations
-    self._running.append(_Running(point, process, cores))
+    os.sched_setaffinity(process.pid, cores or self._free)  # before it starts the threads of its computations
+    line.setblocking(False)
+    self._running.append(_Running(point, process, cores, line))
+
+  def _environment(self, point: Point) -> dict[str, str]:
+    compiled = {
+      "JAX_COMPILATION_CACHE_DIR": str(self._home.absolute() / _COMPILED),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return compiled | os.environ | {"JAX_NUM_CPU_DEVICES": str(point.devices)}
 
   def _collect(self) -> None:
     for one in list(self._running):
@@ -112,6 +131,9 @@ class Runner:
       if status is None:
         continue
       self._running.remove(one)
+      one.line.close()
+      if self._turn is one:
+        self._end_turn()
       self._free = sorted(self._free + one.cores)
       if status in (ExitStatus.INTERRUPTED, ExitStatus.PREEMPTED):
         raise KeyboardInterrupt
@@ -125,9 +147,37 @@ class Runner:
   def _stop(self) -> None:
     """Lets the running ones save what they have."""
     for one in self._running:
+      one.line.close()  # who waits for a turn waits no longer
       one.process.send_signal(signal.SIGTERM)
+      one.process.send_signal(signal.SIGCONT)
     for one in self._running:
       one.process.wait()
+
+  # ---- turns
+
+  def _give_turns(self) -> None:
+    for one in self._running:
+      for asked in _received(one.line):
+        if asked == BEGIN:
+          one.waits = True
+        elif asked == END and self._turn is one:
+          self._end_turn()
+    waiting = [one for one in self._running if one.waits]
+    if self._turn is None and waiting:
+      self._turn = waiting[0]
+      self._turn.waits = False
+      for other in self._others():
+        other.process.send_signal(signal.SIGSTOP)
+      with contextlib.suppress(OSError):  # it has just ended
+        self._turn.line.send(GRANTED)
+
+  def _end_turn(self) -> None:
+    for other in self._others():
+      other.process.send_signal(signal.SIGCONT)
+    self._turn = None
+
+  def _others(self) -> list[_Running]:
+    return [one for one in self._running if one is not self._turn]
 
   # ---- what comes next
 
@@ -135,9 +185,13 @@ class Runner:
     return self._cores if point.alone else 1
 
   def _ready(self, point: Point) -> bool:
-    return len(self._free) >= self._wanted(point) and all(
-      (self._home / name / RESULT).is_file() for name in point.needs
-    )
+    return self._fits(point) and all((self._home / name / RESULT).is_file() for name in point.needs)
+
+  def _fits(self, point: Point) -> bool:
+    """As many points that take turns as there are cores, and no other kind beside them."""
+    if point.turns:
+      return len(self._free) == self._cores > len(self._running)
+    return len(self._free) >= self._wanted(point) and not any(one.point.turns for one in self._running)
 
   def _blocked(self, point: Point) -> bool:
     return any(failed.name in point.needs for failed in self._failed)
@@ -182,3 +236,11 @@ class Runner:
 def _last_line(log: pathlib.Path, width: int = 48) -> str:
   lines = [line for line in log.read_text(errors="replace").splitlines()[-3:] if line.strip()]
   return " ".join(lines[-1].split())[:width] if lines else "starting"
+
+
+def _received(line: socket.socket) -> list[bytes]:
+  """What a point has asked for since the last look."""
+  try:
+    return [bytes([one]) for one in line.recv(64)]
+  except OSError:  # nothing, or it has ended
+    return []

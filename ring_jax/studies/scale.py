@@ -21,14 +21,13 @@ from ring_jax.compiled.programs import Kind, lower
 from ring_jax.studies import figures
 from ring_jax.studies.statistics import interval
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
-from ring_jax.studies.training import history
-from ring_jax.train.job import run_job
+from ring_jax.studies.training import history, timed
 from sharding.topology import Topology
 
 SIZES: Mapping[str, tuple[str, dict[str, str]]] = {
   "tiny": ("0.2M", {}),
-  "wide": ("3.7M", {"hidden_size": "256", "num_hidden_layers": "4", "intermediate_size": "768", "moe_intermediate_size": "128"}),
-  "large": ("26M", {"hidden_size": "512", "num_hidden_layers": "8", "intermediate_size": "1536", "moe_intermediate_size": "256"}),
+  "wide": ("2.7M", {"hidden_size": "256", "intermediate_size": "768", "moe_intermediate_size": "128"}),
+  "large": ("14M", {"hidden_size": "512", "num_hidden_layers": "4", "intermediate_size": "1536", "moe_intermediate_size": "256"}),
 }  # fmt: skip
 _DEVICES = (1, 2, 4, 8)
 _TOPOLOGIES = ("v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4")
@@ -43,7 +42,7 @@ def config_of(size: str, devices: int, settings: Settings) -> RunConfig:
     ring_tiny.get_config(),
     {
       **{f"model.{name}": value for name, value in shape.items()},
-      "name": "scale", "task.exact": "false", "model.parallel.mesh.data": str(devices), "sft.steps": "0", "rl.steps": "4" if settings.quick else "8",
+      "name": "scale", "task.exact": "false", "model.parallel.mesh.data": str(devices), "sft.steps": "0", "rl.steps": "4" if settings.quick else "6",
       "rl.eval_every": "0", "eval.problems": "16", "eval.samples": "1", "eval.slots": "64", "rollout.slots": "64",
       "rollout.pool": "0", "rollout.token_budget": "1000", "packing.rows": "8", "checkpoint.every": "100",
     },
@@ -57,7 +56,8 @@ class Scale(Study):
 
   def points(self, settings: Settings) -> list[Point]:
     measured = [
-      Point(f"run-{size}-{devices}", devices=devices, alone=True)
+      Point(f"run-{size}-{devices}", seed, devices=devices, turns=True)
+      for seed in settings.all_seeds
       for size in (("tiny",) if settings.quick else SIZES)
       for devices in ((1, 8) if settings.quick else _DEVICES)
     ]
@@ -69,8 +69,8 @@ class Scale(Study):
     if kind != "run":
       return _compiled(Kind(kind), Topology.parse(rest[0].replace("_", ":")))
     config = dataclasses.replace(config_of(rest[0], int(rest[1]), settings), seed=point.seed)
-    run_job(config, str(place.folder / "run"), watchdog=0)
-    return _rates(history(place.folder / "run", ("scheduler/tokens_generated", "policy/tokens")))
+    workdir = timed(config, "rl", _WARM_UP, place)
+    return _rates(history(workdir, ("scheduler/tokens_generated", "policy/tokens")))
 
   def report(self, settings: Settings, results: Results) -> Report:
     compiled = [arm for arm in results.arms() if not arm.startswith("run-")]
@@ -82,7 +82,6 @@ class Scale(Study):
         "Speed on a TPU: seconds of the compiled programs are a roofline's, at assumed efficiencies.",
         "Speed-up by devices: the fake ones share the machine's cores.",
         "Ring-flash and Ring-1T, which docs/sharding.md has (`make test-pods` compiles them).",
-        "Intervals over seeds: a measured point is one run, and intervals are over its steps after the second.",
       ],
     )
 
@@ -90,14 +89,14 @@ class Scale(Study):
 def _rates(found: dict[str, Any]) -> Result:
   series, seconds = found["series"], found["seconds"]
   after = lambda values: values[_WARM_UP:]  # noqa: E731
-  rates = lambda tokens, times: [  # noqa: E731
+  rates = lambda tokens, times: statistics.median(  # noqa: E731
     count / time for count, time in zip(after(tokens), after(times), strict=True) if count and time
-  ]
+  )
   train = [one + other for one, other in zip(seconds["train"], seconds["logp"], strict=True)]
   return {
     "generated": rates(series["scheduler/tokens_generated"], seconds["rollout"]),
     "trained": rates(series["policy/tokens"], train),
-    "step": after(seconds["step"]),
+    "step": statistics.median(after(seconds["step"])),
   }
 
 
@@ -130,20 +129,25 @@ def _measured_table(results: Results) -> Table:
   rows = []
   for arm in (arm for arm in results.arms() if arm.startswith("run-")):
     _, size, devices = arm.split("-")
-    of = lambda name, arm=arm: interval([value for one in results.of(arm) for value in one[name]])  # noqa: E731
+    of = lambda name, arm=arm: interval([one[name] for one in results.of(arm)])  # noqa: E731
     rows.append([SIZES[size][0], devices, of("generated").format(0), of("trained").format(0), of("step").format(2)])
   header = ["parameters", "devices", "generated, tokens/s", "trained on, answer tokens/s", "step, s"]
-  return Table("Measured: RL on the same cores, seen as so many devices", header, rows)
+  return Table(
+    "Measured: RL on the same cores, seen as so many devices", header, rows,
+    f"Of each run the median step counts, without the first {_WARM_UP}.",
+  )  # fmt: skip
 
 
 def _picture(results: Results) -> Figure:
   def lines(name: str) -> dict[str, figures.Curves]:
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, list[tuple[int, list[float]]]] = {}
     for arm in (arm for arm in results.arms() if arm.startswith("run-")):
       _, size, devices = arm.split("-")
-      rate = statistics.mean(value for one in results.of(arm) for value in one[name])
-      found.setdefault(SIZES[size][0], []).append((int(devices), rate))
-    return {label: ([devices for devices, _ in line], [[rate for _, rate in line]]) for label, line in found.items()}
+      found.setdefault(SIZES[size][0], []).append((int(devices), [one[name] for one in results.of(arm)]))
+    return {
+      label: ([devices for devices, _ in line], [list(run) for run in zip(*(rates for _, rates in line), strict=True)])
+      for label, line in found.items()
+    }
 
   with figures.picture(1, 2) as (figure, axes):
     xlabel = "devices, played by the same cores"
@@ -178,9 +182,10 @@ def _compiled_table(results: Results, compiled: list[str]) -> Table:
 def _findings(results: Results, compiled: list[str]) -> list[str]:
   found = []
   if {"run-tiny-1", "run-tiny-8"} <= set(results.arms()):
-    one, eight = (statistics.mean(results.of(f"run-tiny-{devices}")[0]["step"]) for devices in (1, 8))
+    one, eight = ([run["step"] for run in results.of(f"run-tiny-{devices}")] for devices in (1, 8))
+    ratio = interval([b / a for a, b in zip(one, eight, strict=True)]).format(2)
     found.append(
-      f"The smallest model's step takes {eight / one:.1f} times as long on the same cores seen as eight devices: dispatch and exchange."
+      f"The smallest model's step takes {ratio} times as long on the same cores seen as eight devices: dispatch and exchange."
     )
   if compiled:
     found.append(

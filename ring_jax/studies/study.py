@@ -29,7 +29,8 @@ class Settings:
 class Point:
   """One measurement.
 
-  A point with `alone` has the machine to itself: what it times would be slowed down by its neighbours.
+  A point with `alone` has the machine to itself: what it times would be slowed down by its neighbours.  One with `turns` has all
+  cores too, beside another such point that traces and compiles, and is alone only for as long as it says (`Turn`).
   """
 
   arm: str  # what is varied: letters, digits, "_" and "-"
@@ -37,10 +38,21 @@ class Point:
   needs: tuple[str, ...] = ()  # names of points that come first
   devices: int = 1  # CPU devices that it sees
   alone: bool = False
+  turns: bool = False
 
   @property
   def name(self) -> str:
     return f"{self.arm}_seed{self.seed}"
+
+
+class Turn:
+  """The machine to itself, between the two calls; a point without `turns` has it as it was started."""
+
+  def begin(self) -> None:
+    """Waits until no other point runs."""
+
+  def end(self) -> None:
+    """Lets the others go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Place:
 
   folder: pathlib.Path
   of: Callable[[str], pathlib.Path]  # by the name of a point
+  turn: Turn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,27 @@ def train(config: RunConfig, seed: int, place: Place, names: Sequence[str]) -> R
   }
 
 
+def timed(config: RunConfig, phase: str, warm_up: int, place: Place) -> pathlib.Path:
+  """Runs a job that has its turn from the step after the first `warm_up` ones of `phase`, which compile, to the last.
+
+  Returns:
+    Its workdir.
+  """
+  last, taken = config.phase(phase).steps, False
+
+  def on_step(name: str, finished: int) -> None:
+    nonlocal taken
+    if name == phase and finished == last and taken:
+      place.turn.end()
+    elif name == phase and finished >= warm_up and not taken:  # later than that in a run that was stopped there
+      place.turn.begin()
+      taken = True
+
+  workdir = place.folder / _RUN
+  run_job(config, str(workdir), watchdog=0, on_step=on_step)
+  return workdir
+
+
 def history(workdir: pathlib.Path, names: Sequence[str]) -> dict[str, Any]:
   """What a run of RL logged: `series` by metric and `seconds` by stage, a value a step; `probes` of held-out problems."""
   logged, timed = ([record for record in log if record["phase"] == "rl"] for log in metrics.read_logs(workdir))

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from configs.schema import Role, RunConfig, to_dict
@@ -52,7 +52,11 @@ class Progress:
 
 
 def run_job(
-  config: RunConfig, path: str, until: Literal["sft", "rl"] = "rl", watchdog: float = DEFAULT_SECONDS
+  config: RunConfig,
+  path: str,
+  until: Literal["sft", "rl"] = "rl",
+  watchdog: float = DEFAULT_SECONDS,
+  on_step: Callable[[str, int], None] = lambda phase, finished: None,
 ) -> Progress:
   """Runs the job in a workdir, from wherever it stands; in several processes, each of them calls this.
 
@@ -60,6 +64,7 @@ def run_job(
     path: of the workdir, which all processes share.
     until: the last phase to run.
     watchdog: seconds without progress after which the process ends; 0: never.
+    on_step: called between steps of RL with the name of the phase and how many of its steps are finished.
 
   Raises:
     Stopped: it was asked to, by Ctrl-C or SIGTERM.
@@ -73,12 +78,19 @@ def run_job(
     processes.group().from_first("workdir", lambda: workdir.lock().store_config(config))
     report = RunReport(config, workdir, dog) if first else SilentReport(config, workdir, dog)
     with contextlib.closing(report):
-      return Job(config, workdir, pool, report).run(until)
+      return Job(config, workdir, pool, report, on_step).run(until)
 
 
 class Job:
-  def __init__(self, config: RunConfig, workdir: Workdir, pool: ScoringPool | None, report: RunReport):
-    self._config, self._report = config, report
+  def __init__(
+    self,
+    config: RunConfig,
+    workdir: Workdir,
+    pool: ScoringPool | None,
+    report: RunReport,
+    on_step: Callable[[str, int], None],
+  ):
+    self._config, self._report, self._on_step = config, report, on_step
     self._parts = parts = Parts.of(config, workdir, pool, report.span, report.events)
     self._evaluators: dict[int, Evaluator] = {}
     self._store = RunStore(workdir.checkpoints, keep=config.checkpoint.keep)
@@ -145,6 +157,7 @@ class Job:
       if config.eval_every and progress.phase_step % config.eval_every == 0 and not last:
         output.metrics["held_out_accuracy"] = self._probe(config.eval_problems, config.eval_samples)
       self._report.rl_step(name, progress.step, progress.phase_step, output, self._describe)
+      self._on_step(name, progress.phase_step)
       if not last:
         self._checkpoint_if_due()
     if config.steps:

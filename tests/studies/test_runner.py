@@ -30,7 +30,7 @@ def test_points_run_once_in_order_on_their_cores(tmp_path):
   said = []
   (tmp_path / "first_seed1").mkdir(parents=True)
   (tmp_path / "first_seed1" / "broken").touch()
-  with pytest.raises(StudyError, match=r"^2 of 5 points failed \(.*(first_seed1|second_seed1)"):
+  with pytest.raises(StudyError, match=r"^2 of 7 points failed \(.*(first_seed1|second_seed1)"):
     runner(tmp_path, said).run()
   assert any("this point was told to fail" in line for line in said)
   assert not (tmp_path / "second_seed1").exists()  # what it needs has failed
@@ -41,16 +41,29 @@ def test_points_run_once_in_order_on_their_cores(tmp_path):
   again.run()
   assert [tries(tmp_path, f"{arm}_seed{seed}") for arm in ("first", "second") for seed in (0, 1)] == [1, 2, 1, 1]
   results, minutes = again.results()
-  assert results.arms() == ["first", "second", "alone"] and results.seeds("second") == [0, 1] and minutes >= 0
-  (first, _), (second, _), (alone,) = (results.of(arm) for arm in results.arms())
+  assert results.arms() == ["first", "second", "turns", "alone"] and results.seeds("second") == [0, 1] and minutes >= 0
+  (first, _), (second, _), turns, (alone,) = (results.of(arm) for arm in results.arms())
   assert first["time"] < second["time"] and second["earlier"][0] > 0
   assert (first["cores"], first["devices"]) == (1, "1")
   assert (alone["cores"], alone["devices"]) == (len(os.sched_getaffinity(0)), "3")
+  check_turns(*turns)
 
   report = Small().report(SETTINGS, results)
   text = page.write(tmp_path / "pages", Small(), SETTINGS, report, minutes).read_text()
   for part in ("--name=small", "--seeds=2", "| first | 1 |", "a \\| b", "A note.", "## Not shown", "* Subtraction."):
     assert part in text, part
+
+
+def check_turns(one, other):
+  """Side by side, but in its turn each had the machine to itself."""
+  for own, neighbour in ((one, other), (other, one)):
+    assert own["cores"] == len(os.sched_getaffinity(0))
+    began, ended = own["turn"]
+    assert sum(began <= time <= ended for time in own["worked"]) > 20
+    assert not any(began + 0.05 < time < ended for time in neighbour["worked"])
+  first, last = sorted((one, other), key=lambda point: point["turn"][0])
+  if len(os.sched_getaffinity(0)) > 1:
+    assert last["worked"][0] < first["turn"][0] < first["turn"][1] <= last["turn"][0]
 
 
 def test_what_cannot_be_gone_on_with_is_refused(tmp_path):
