@@ -91,7 +91,8 @@ def _devices(topology: Topology) -> tuple[Any, ...]:
     described = topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=topology.slices)
   except Exception as error:
     text = " ".join(str(error).split())
-    if "libtpu" in text and ("find" in text or "open" in text or "No module" in text):
+    missing = "libtpu" in text and any(word in text for word in ("find", "open", "No module"))
+    if missing or "TPU support not installed" in text:
       raise ConfigError(
         f"topology {topology}: the TPU compiler is missing: pip install --no-deps --target {_LIBRARY.parents[1]} libtpu==0.0.42.1"
       ) from error
