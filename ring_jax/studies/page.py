@@ -62,17 +62,15 @@ def _facts(study: Study, settings: Settings, minutes: float) -> list[str]:
   return [
     f"    python -m ring_jax.launch.study --name={study.name} --workdir=runs/studies{flags}",
     "",
-    f"{_seeds(study, settings)}; {minutes:.0f} minutes of processor time on {machine()}; JAX {jax.__version__};"
+    f"{_seeds(settings)}; {minutes:.0f} minutes of processor time on {machine()}; JAX {jax.__version__};"
     f" {datetime.date.today().isoformat()}. Intervals are of 95% (Student's t).",
   ]
 
 
-def _seeds(study: Study, settings: Settings) -> str:
-  """Of its points, which may be fewer than were asked for: what is timed has one."""
+def _seeds(settings: Settings) -> str:
   if settings.quick:
     return "The quick form, which shows that the study works and not what it says"
-  count = len({point.seed for point in study.points(settings)})
-  return f"{count} seeds" if count > 1 else "One seed"
+  return f"{settings.seeds} seeds" if settings.seeds > 1 else "One seed"
 
 
 def machine() -> str:

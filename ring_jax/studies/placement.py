@@ -111,9 +111,8 @@ class PlacementStudy(Study):
   def points(self, settings: Settings) -> list[Point]:
     chosen = ("colocated",) if settings.quick else STRATEGIES
     runs, predicted = [], []
-    for (
-      seed
-    ) in settings.all_seeds:  # all arms of a seed, then the next: what the machine does meanwhile falls on all of them
+    # All arms of a seed, then the next: what the machine does meanwhile falls on all of them.
+    for seed in settings.all_seeds:
       calibration = [
         Point(f"calibration_{name}", seed, devices=devices, turns=True)
         for name, (devices, _) in _CALIBRATION.items()

@@ -3,9 +3,9 @@
 Points that take turns run side by side too, as they spend most of their time on what nobody times: tracing and compiling.
 Whose turn it is has the machine to itself, as the others' processes are stopped meanwhile.
 
-Each is a process (child.py) with its output in a file, and they share compiled programs, as seeds differ in no program.  A point with a result is not measured again, and a training run that
-was stopped goes on where it stood, so that the same command resumes a study.  A point that fails does not stop the others
-that do not need it.
+Each is a process (child.py) with its output in a file, and they share compiled programs, as seeds differ in no program.  A
+point with a result is not measured again, and a training run that was stopped goes on where it stood, so that the same command
+resumes a study.  A point that fails does not stop the others that do not need it.
 """
 
 import contextlib
@@ -188,9 +188,9 @@ class Runner:
     return self._fits(point) and all((self._home / name / RESULT).is_file() for name in point.needs)
 
   def _fits(self, point: Point) -> bool:
-    """As many points that take turns as there are cores, and no other kind beside them."""
+    """As many points that take turns as there are cores, and no other kind beside them; none starts in another's turn."""
     if point.turns:
-      return len(self._free) == self._cores > len(self._running)
+      return self._turn is None and len(self._free) == self._cores > len(self._running)
     return len(self._free) >= self._wanted(point) and not any(one.point.turns for one in self._running)
 
   def _blocked(self, point: Point) -> bool:

@@ -46,7 +46,7 @@ class Point:
 
 
 class Turn:
-  """The machine to itself, between the two calls; a point without `turns` has it as it was started."""
+  """The machine to itself, between the two calls."""
 
   def begin(self) -> None:
     """Waits until no other point runs."""
