@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -193,7 +194,9 @@ def main() -> None:
   if FLAGS.compare:
     both = (RolloutSchedule.OVERSAMPLE_RESUME, RolloutSchedule.OVERSAMPLE_DISCARD)
     batches += [in_batches(config, schedule, groups, launched) for schedule in both]
+  started = time.perf_counter()
   outcomes = [simulated(trace, config, costs), *(Simulation(trace, one, costs).run() for one in batches)]
+  took = time.perf_counter() - started
   found = report.comparison(trace, outcomes[0], outcomes[1], outcomes[2:])
   found["settings"] = _settings(config, costs, groups, launched)
   if FLAGS.measure:
@@ -203,6 +206,7 @@ def main() -> None:
     print(json.dumps(found, allow_nan=False))
     return
   print("\n".join(report.lines(found)))
+  print(f"simulated in {took:.1f} s: {len(outcomes) * len(trace.lengths) / took:,.0f} rollouts a second")
   print(
     f"C3PO++: slots={config.slots} pool={config.pool} token_budget={config.token_budget} retention={config.retention}"
     f" unit={config.unit} on_purge={config.on_purge} kv_policy={config.kv_policy}; batches of {groups} prompts"

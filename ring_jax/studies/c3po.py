@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from configs import ring_tiny
 from configs.schema import RolloutConfig, RolloutSchedule, RunConfig, TaskConfig, TaskSource
 from ring_jax.studies import comparing, figures
-from ring_jax.studies.statistics import Interval, interval
+from ring_jax.studies.statistics import Interval, interval, paired_ratio
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
 from ring_jax.studies.training import COLD, cold_start, from_cold_starts, quick, train
 from ring_jax.train.report import metrics
@@ -158,8 +158,7 @@ def _mean(values) -> float:
 
 def _speedups(results: Results, arm: str, what: str) -> Interval:
   """Of seconds a trained token over the synchronous batch, within a seed."""
-  pairs = zip(_totals(results, "synchronous"), _totals(results, arm), strict=True)
-  return interval([base[what] / own[what] for base, own in pairs])
+  return paired_ratio(*([one[what] for one in _totals(results, name)] for name in ("synchronous", arm)))
 
 
 def _live_table(results: Results, live: comparing.Labels) -> Table:

@@ -25,7 +25,7 @@ from ring_jax.planning.rollouts import Rollouts
 from ring_jax.planning.roofline import Roofline
 from ring_jax.studies import figures
 from ring_jax.studies.scale import SIZES
-from ring_jax.studies.statistics import Interval, interval
+from ring_jax.studies.statistics import interval, paired_ratio
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
 from ring_jax.studies.training import timed
 from ring_jax.train.report import metrics
@@ -237,21 +237,16 @@ def _fastest(steps: Mapping[str, Sequence[float]]) -> str:
   return min(steps, key=lambda strategy: statistics.mean(steps[strategy]))
 
 
-def _ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
-  """Within a seed."""
-  return interval([one / other for one, other in zip(above, below, strict=True)])
-
-
 def _measured_table(results: Results, settings: Settings) -> Table:
   rows = []
   for name, setting in _settings(settings).items():
     steps, predicted = _steps(results, name), _predictions(results, name)
     for strategy, seconds in steps.items():
       best, shown = _fastest(steps), interval(seconds).format(2)
-      ratio = _ratio(predicted[strategy], seconds).format(2) if strategy in predicted else "not predicted"
+      ratio = paired_ratio(predicted[strategy], seconds).format(2) if strategy in predicted else "not predicted"
       rows.append([
         setting.label, strategy, f"**{shown}**" if strategy == best else shown, ratio,
-        "1" if strategy == best else _ratio(seconds, steps[best]).format(2),
+        "1" if strategy == best else paired_ratio(seconds, steps[best]).format(2),
       ])  # fmt: skip
   return Table(
     "Measured on fake devices: seconds of a step of RLHF", ["setting", "placement", "step, s", "predicted / measured", "of the best"],
@@ -307,7 +302,7 @@ def _largest_measured(results: Results, settings: Settings) -> list[str]:
     if steps := _steps(results, name):
       best = _fastest(steps)
       for strategy in steps.keys() - {best}:
-        ratio = _ratio(steps[strategy], steps[best])
+        ratio = paired_ratio(steps[strategy], steps[best])
         found.append((ratio.mean, f"{ratio.format(2)} ({setting.label}: {best} against {strategy})"))
   if not found:
     return []
@@ -320,7 +315,7 @@ def _planner(results: Results, settings: Settings) -> list[str]:
   for name in _settings(settings):
     steps, predicted = _steps(results, name), _predictions(results, name)
     if predicted:
-      ratios += [_ratio(seconds, steps[strategy]).mean for strategy, seconds in predicted.items()]
+      ratios += [paired_ratio(seconds, steps[strategy]).mean for strategy, seconds in predicted.items()]
       right.append(_fastest(predicted) == _fastest(steps))
       for one in range(len(steps[STRATEGIES[0]])):
         own, told = ({strategy: [values[one]] for strategy, values in of.items()} for of in (steps, predicted))

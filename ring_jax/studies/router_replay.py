@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from ring_jax.studies import comparing
 from ring_jax.studies.stability import config_of, with_objective
-from ring_jax.studies.statistics import paired
+from ring_jax.studies.statistics import interval
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study
 from ring_jax.studies.training import COLD, cold_start, from_cold_starts, train
 
@@ -65,5 +65,5 @@ def _less(results: Results, labels: comparing.Labels) -> list[str]:
     [comparing.first_steps(one["series"]["mismatch/delta_mean"]) for one in results.of(arm)]
     for arm in ("icepop", "icepop_r3")
   ]
-  shares = paired([0.0] * len(first[0]), [after / before - 1 for before, after in zip(*first, strict=True)])
+  shares = interval([after / before - 1 for before, after in zip(*first, strict=True)])
   return [f"R3 changes the mean |Δlogp| of the first {comparing.WINDOW} steps by {shares.format(0, 100, '%')}."]

@@ -19,7 +19,7 @@ from configs.schema import RunConfig
 from ring_jax.compiled import fit, layout
 from ring_jax.compiled.programs import Kind, lower
 from ring_jax.studies import figures
-from ring_jax.studies.statistics import interval
+from ring_jax.studies.statistics import interval, paired_ratio
 from ring_jax.studies.study import Figure, Place, Point, Report, Result, Results, Settings, Study, Table
 from ring_jax.studies.training import history, timed
 from sharding.topology import Topology
@@ -183,7 +183,7 @@ def _findings(results: Results, compiled: list[str]) -> list[str]:
   found = []
   if {"run-tiny-1", "run-tiny-8"} <= set(results.arms()):
     one, eight = ([run["step"] for run in results.of(f"run-tiny-{devices}")] for devices in (1, 8))
-    ratio = interval([b / a for a, b in zip(one, eight, strict=True)]).format(2)
+    ratio = paired_ratio(eight, one).format(2)
     found.append(
       f"The smallest model's step takes {ratio} times as long on the same cores seen as eight devices: dispatch and exchange."
     )

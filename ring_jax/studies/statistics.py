@@ -3,7 +3,7 @@
     mean +- t(n - 1, 0.975) s / sqrt(n)       Student's interval: it covers the mean of all seeds in 95 of 100 studies
 
 A seed decides initial weights, order of the problems and samples, so that arms of one seed share their cold start: what is
-compared is the difference within a seed (`paired`), in which that part cancels.
+compared is the difference or the ratio within a seed (`paired`, `paired_ratio`), in which that part cancels.
 """
 
 import dataclasses
@@ -49,6 +49,11 @@ def interval(values: Sequence[float]) -> Interval:
 def paired(first: Sequence[float], second: Sequence[float]) -> Interval:
   """Of the differences second - first within a seed."""
   return interval([b - a for a, b in zip(first, second, strict=True)])
+
+
+def paired_ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
+  """Of the ratios above / below within a seed."""
+  return interval([a / b for a, b in zip(above, below, strict=True)])
 
 
 def band(series: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import statistics
-import time
+import sys
 
 import numpy as np
 import pytest
@@ -366,18 +366,30 @@ def test_the_number_of_the_paper_and_the_bound_on_slots():
   assert c3po.lengths == batch.lengths
 
 
-def test_a_million_rollouts_in_a_minute():
-  """A twentieth of them in a twentieth of the time of one core, best of three."""
+def test_work_a_rollout():
+  """A million rollouts under two schedules take half a minute (docs/simulator.md) as long as a rollout takes no more calls
+  than this; and it takes no more of them in a longer trace."""
 
-  def seconds():
-    started = time.process_time()
-    trace = Generator(Shape.LOGNORMAL).draw(6250, 8)
+  def calls(groups):
+    count = 0
+
+    def profile(_frame, event, _function):
+      nonlocal count
+      count += event in ("call", "c_call")
+
+    trace = Generator(Shape.LOGNORMAL).draw(groups, 8)
     config = RolloutConfig(slots=512, token_budget=round(512 * trace.mean), retention=10)
-    outcomes = [Simulation(trace, config, Costs()).run(), synchronous(trace, config, Costs(), 64)]
-    report.comparison(trace, *outcomes, [])
-    return time.process_time() - started
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+      outcomes = [Simulation(trace, config, Costs()).run(), synchronous(trace, config, Costs(), 64)]
+      report.comparison(trace, *outcomes, [])
+    finally:
+      sys.setprofile(before)
+    return count / len(trace.lengths)
 
-  assert any(seconds() < 3 for _ in range(3))
+  short, long = calls(500), calls(2000)
+  assert long < 150 and long < 1.05 * short
 
 
 # ---------------------------------------------------------------------------------------------------------------------

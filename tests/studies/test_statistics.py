@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ring_jax.studies.stability import slope
-from ring_jax.studies.statistics import band, interval, paired
+from ring_jax.studies.statistics import band, interval, paired, paired_ratio
 from ring_jax.train.report.metrics import smoothed
 
 
@@ -17,6 +17,7 @@ def test_students_interval_by_hand():
   assert interval([7.0]).format(1) == "7.0" and not interval([7.0]).excludes_zero
   assert interval([]).format() == "none" and interval([math.nan, None, 2.0]).count == 1
   assert paired([1.0, 2.0, 9.0], [2.0, 4.0, 10.0]).mean == pytest.approx(4 / 3)
+  assert paired_ratio([1.0, 4.0, 9.0], [2.0, 2.0, 9.0]).mean == pytest.approx(3.5 / 3)
 
 
 def test_it_covers_the_mean_in_95_of_100_studies():
