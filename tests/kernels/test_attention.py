@@ -19,11 +19,11 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from configs.schema import ConfigError
-from kernels import choice
 from kernels.attention import Implementation, packed_attention, prefill_attention, splash
 from kernels.attention.api import SHORT_ROW
 from kernels.attention.segments import blocks_needed
 from sharding.topology import Topology
+from tests.kernels.lowered import for_cuda
 
 FAST = [Implementation.XLA_BLOCKED, Implementation.SPLASH, Implementation.PALLAS_GPU]
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -244,19 +244,12 @@ def test_memory_is_linear():
 
 @pytest.mark.parametrize("length", [64, 1000])
 def test_lowers_for_cuda(length, monkeypatch):
-  """In plain XLA, which can be exported; where there is JAX's plugin, its kernels."""
   shapes = [jax.ShapeDtypeStruct((2, length, heads, 64), jnp.bfloat16) for heads in (8, 2, 2, 8)]
   arguments = *shapes, jax.ShapeDtypeStruct((2, length), jnp.int32)
-  program = functools.partial(value_and_gradients.__wrapped__, implementation=None)
-  monkeypatch.setattr(choice, "compiles_for_gpus", lambda: False)
-  text = jax.export.export(jax.jit(program), platforms=["cuda"])(*arguments).mlir_module()
-  assert "dot_general" in text and "tpu_custom_call" not in text
-  monkeypatch.setattr(choice, "compiles_for_gpus", lambda: True)
-  with_kernels = functools.partial(value_and_gradients.__wrapped__, implementation=None)
-  text = jax.jit(with_kernels).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+  plain, with_kernels = for_cuda(value_and_gradients.__wrapped__, *arguments, monkeypatch=monkeypatch)
+  assert "dot_general" in plain and "tpu_custom_call" not in plain + with_kernels
   kernels = 0 if length <= SHORT_ROW else 3
-  assert text.count("gpu.triton") == kernels and ("stablehlo.dot_general" in text) == (kernels == 0)
-  assert "tpu_custom_call" not in text
+  assert with_kernels.count("gpu.triton") == kernels and ("stablehlo.dot_general" in with_kernels) == (kernels == 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from configs.schema import ConfigError
-from kernels import choice
 from kernels.grouped_matmul import Implementation, gated_experts, grouped_matmul, megablox
 from kernels.grouped_matmul.blocked import block_sizes, padded_rows
 from sharding.topology import Topology
+from tests.kernels.lowered import for_cuda
 
 # name: rows, group sizes.  Blocks are (256, 64) from 128 rows a group on, else one of 4 to 32.
 LAYOUTS = {
@@ -193,16 +193,10 @@ def test_the_default_runs_blocked_on_a_cpu():
 
 
 def test_lowers_for_cuda(monkeypatch):
-  """In plain XLA, which can be exported; where there is JAX's plugin, its kernels."""
   shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype) for x in arrays(700, [301, 0, 399])]
-  program = functools.partial(value_and_gradients.__wrapped__, implementation=None)
-  monkeypatch.setattr(choice, "compiles_for_gpus", lambda: False)
-  text = jax.export.export(jax.jit(program), platforms=["cuda"])(*shapes).mlir_module()
-  assert "dot_general" in text and "tpu_custom_call" not in text
-  monkeypatch.setattr(choice, "compiles_for_gpus", lambda: True)
-  with_kernels = functools.partial(value_and_gradients.__wrapped__, implementation=None)
-  text = jax.jit(with_kernels).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
-  assert text.count("gpu.triton") == 3 and "stablehlo.dot_general" not in text and "tpu_custom_call" not in text
+  plain, with_kernels = for_cuda(value_and_gradients.__wrapped__, *shapes, monkeypatch=monkeypatch)
+  assert "dot_general" in plain and "tpu_custom_call" not in plain + with_kernels
+  assert with_kernels.count("gpu.triton") == 3 and "stablehlo.dot_general" not in with_kernels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
