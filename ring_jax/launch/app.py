@@ -23,14 +23,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import pathwaysutils
 from absl import app, flags, logging
 
 from configs import loading
 from configs.schema import ConfigError, RunConfig
 from configs.status import ExitStatus
 from ring_jax.train import startup
-from sharding import cluster, processes
+from sharding import cluster, pathways, processes
 
 _PACKAGES = ("configs", "kernels", "sharding", "ring_jax", "rollout", "parity")
 _NEWS_SECONDS = 5.0  # a collective that breaks is often news of a lost process, which says so itself a moment later
@@ -64,7 +63,7 @@ def run(
   def guarded(_: list[str]) -> ExitStatus | None:
     faulthandler.enable()  # what native code ends on shows Python's side too
     try:
-      pathwaysutils.initialize()
+      pathways.initialize()
       startup.check_versions()
       config = _resolve(overrides, default_config) if config_flag else None
       _join(startup.facts(pathlib.Path(argv[0]).stem, config), several)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.base import ConfigError, Enum, require
+from sharding import pathways
 
 PyTree = Any
 BUCKET_BYTES = 256 << 20
@@ -266,9 +267,7 @@ def _mine(devices: Sequence[Any]) -> bool:
 
 
 def _route(devices: Sequence[Any]) -> Route:
-  import pathwaysutils  # imported late: it brings a checkpoint library along
-
-  if pathwaysutils.is_pathways_backend_used():
+  if pathways.used():
     return Route.PATHWAYS
   if not _mine(devices):
     return Route.WHOLE

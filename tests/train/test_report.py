@@ -49,6 +49,22 @@ def test_a_line_is_exact_and_sorted(tmp_path):
   assert not workdir.timings.exists()
 
 
+def test_a_run_that_writes_tensorboard_does_without_pytorch(tmp_path):
+  code = f"""
+import sys
+from ring_jax.train.report.metrics import MetricsLog
+from ring_jax.train.workdir import Workdir
+assert "tensorboardX" not in sys.modules
+log = MetricsLog(Workdir(__import__("pathlib").Path({str(tmp_path)!r})))
+log.log("sft", 1, {{"loss": 0.5}})
+log.close()
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+import torch  # still there for who wants it
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
+  assert list((tmp_path / "tensorboard").glob("events*"))
+
+
 def test_timings_stay_out_of_the_metrics(tmp_path):
   workdir = Workdir(tmp_path)
   log = MetricsLog(workdir)

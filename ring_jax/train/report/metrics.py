@@ -12,15 +12,16 @@ A resume cuts everything after the restored step.  What the run logs again at th
 checkpoint and the next) is recognised and not written twice.
 """
 
+import importlib
 import json
 import math
 import numbers
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
-
-from tensorboardX import SummaryWriter
 
 from ring_jax.train.workdir import Workdir, write_atomic
 
@@ -32,7 +33,7 @@ class MetricsLog:
     self._metrics, self._timings = _Lines(workdir.metrics), _Lines(workdir.timings)
     self._folder = workdir.tensorboard
     self._purge_step: int | None = None
-    self._writer: SummaryWriter | None = None
+    self._writer: Any = None  # tensorboardX.SummaryWriter
 
   def truncate(self, step: int) -> None:
     """Forgets what is later than `step` (-1: everything), and a half-written last line."""
@@ -74,7 +75,7 @@ class MetricsLog:
 
   def _to_tensorboard(self, prefix: str, step: int, values: Mapping[str, Any]) -> None:
     if self._writer is None:
-      self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+      self._writer = _tensorboard().SummaryWriter(str(self._folder), purge_step=self._purge_step)
     for name, value in values.items():
       value = _plain(value)
       if isinstance(value, (int, float)):
@@ -84,6 +85,18 @@ class MetricsLog:
     if self._writer is not None:
       self._writer.close()
       self._writer = None
+
+
+def _tensorboard() -> ModuleType:
+  """tensorboardX, late, as most who read logs write none, and without the PyTorch that it would load where it finds one:
+  seconds and a quarter of a gigabyte, for tensors that nobody gives it."""
+  if "torch" in sys.modules:
+    return importlib.import_module("tensorboardX")
+  sys.modules["torch"] = None  # as if it were not installed
+  try:
+    return importlib.import_module("tensorboardX")
+  finally:
+    del sys.modules["torch"]
 
 
 class _Lines:
