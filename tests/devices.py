@@ -11,6 +11,8 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
+# XLA_FLAGS of processes that spend their time in XLA and not in what it makes; the Makefile has the same for whole modules.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def run_on_devices(count: int, target: str, timeout: float = 600) -> str:

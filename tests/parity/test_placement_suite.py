@@ -17,13 +17,14 @@ from parity import rlhf
 from parity.suites import placement
 from parity.torch_twin import placed, ppo, sharded
 from sharding.placement import Placement
+from tests.devices import QUICK_TO_COMPILE
 
 CRITIC_PHASE = placement.QUICK[1]
 
 
 def test_every_strategy_on_either_path(monkeypatch):
   # The process that plays eight devices spends its time in XLA.
-  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+  monkeypatch.setenv("XLA_FLAGS", QUICK_TO_COMPILE)
   suite = placement.run()
   assert suite.passed, [tier.first_failure.describe() for tier in suite.tiers if not tier.passed]
   kinds = [(tier.name, tier.pair) for tier in suite.tiers]

@@ -25,6 +25,7 @@ from ring_jax.model import abstract_params
 from ring_jax.train.optimizer import make_optimizer
 from sharding import rules
 from sharding.mesh import make_mesh
+from tests.devices import QUICK_TO_COMPILE
 from tests.train import small_run
 from tests.train.outcome import assert_same, final_state
 
@@ -40,7 +41,7 @@ def start(workdir, *arguments, devices):
   environment = {
     "JAX_NUM_CPU_DEVICES": str(devices),
     # JAX's cache keeps programs of process 0 only; the other one compiles them at every start.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+    "XLA_FLAGS": QUICK_TO_COMPILE,
   }
   return subprocess.Popen(
     [sys.executable, "-m", "ring_jax.launch.train", *ARGUMENTS, f"--workdir={workdir}", *arguments], cwd=ROOT,

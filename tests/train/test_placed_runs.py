@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ring_jax.checkpoint.resolve import open_checkpoint
+from tests.devices import QUICK_TO_COMPILE
 from tests.train.outcome import final_state
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -28,7 +29,7 @@ SPREAD = (
 def start(workdir, arguments, devices):
   return subprocess.Popen(
     [sys.executable, "-m", "ring_jax.launch.train", "--config=tests/train/placed_run.py", f"--workdir={workdir}", *arguments],
-    cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    cwd=ROOT, env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": QUICK_TO_COMPILE},
     text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
   )  # fmt: skip
 
