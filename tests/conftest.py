@@ -5,6 +5,7 @@ import os
 import pathlib
 import sys
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,6 +13,10 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # programs without a mesh run
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".cache" / "jax"))
 # Small programs too: a job is dozens of them, and many tests start jobs.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# Machines are shared: how long an example takes tells nothing.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
 
 
 def pytest_collection_finish():

@@ -20,7 +20,7 @@ def make(sizes):
   ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(1, LENGTH), max_size=40))
 def test_every_token_has_one_place(sizes):
   sequences = make(sizes)
@@ -85,7 +85,7 @@ def test_errors():
     pack_groups([[{"tokens": []}, {"tokens": [1]}]], 4, 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(1, 7), max_size=4), max_size=14))
 def test_groups_stay_together_and_nothing_is_lost(sizes):
   """Four sequences of at most 7 always fit in 3 rows of 16."""

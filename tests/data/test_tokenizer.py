@@ -22,7 +22,7 @@ SPECIAL = ("<|startoftext|>", "<|endoftext|>", "<|role_end|>", "<role>", "</role
 any_text = st.text(st.characters(exclude_categories=["Cs"]))  # UTF-8 has no lone surrogates
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(any_text, st.lists(st.one_of(any_text, st.sampled_from(SPECIAL + ROLE_NAMES))).map("".join)))
 def test_any_text_survives_a_round_trip(text):
   for tokenizer in (PLAIN, LEARNED):
@@ -31,7 +31,7 @@ def test_any_text_survives_a_round_trip(text):
     assert all(0 <= token < tokenizer.vocab_size for token in ids)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(exclude_categories=["Cs", "Lu"])))
 def test_without_merges_a_byte_is_a_token(text):
   if not any(name in text for name in SPECIAL):

@@ -106,7 +106,7 @@ def test_backends_match_the_reference(implementation, heads, layout):
   close(value_and_gradients(*arguments, implementation), want, 1e-5)
 
 
-@hypothesis.settings(max_examples=15, deadline=None)
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(cuts=st.lists(st.integers(0, T), max_size=6).map(sorted), seed=st.integers(0, 99))
 @pytest.mark.parametrize("implementation", FAST)
 def test_any_packing_of_one_compiled_program(cuts, seed, implementation):

@@ -91,7 +91,7 @@ def test_megablox_cuts_any_sides(inner, outer, monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@hypothesis.settings(max_examples=25, deadline=None)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(
   cuts=st.lists(st.integers(0, 300), min_size=3, max_size=3).map(sorted),
   tail=st.integers(0, 300),

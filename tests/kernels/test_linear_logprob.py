@@ -112,7 +112,7 @@ def test_each_cotangent_alone(which, tiling):
   assert_close(jax.jit(jax.grad(loss, (0, 1)))(hidden, weight), definition(hidden, weight, targets, used)[3:])
 
 
-@hypothesis.settings(max_examples=6, deadline=None)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(tokens=st.integers(0, 40), vocab=st.integers(1, 100))
 def test_any_shape(tokens, vocab):
   hidden, weight, targets, cotangents = arrays(tokens, vocab)

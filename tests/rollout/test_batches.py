@@ -89,7 +89,7 @@ def test_a_batch_that_others_aborted_ends():
   assert scheduler.iteration_done and scheduler.end_iteration(0).rollouts == []
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
   lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),
   batch=st.integers(1, 4),

@@ -133,7 +133,7 @@ class Machine(RuleBasedStateMachine):
     assert cached <= set(pages._key_of) and not free & set(pages._key_of)
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestMachine = Machine.TestCase
 
 

@@ -82,7 +82,7 @@ def test_an_interrupted_rollout_resumes_with_its_tokens_and_counts_in_full():
   assert result.counts.mean_staleness == pytest.approx(3 / 7)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
   lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12),
   slots=st.integers(1, 5),
@@ -378,7 +378,7 @@ def check_invariants(player):
   assert totals.generated == totals.trained + totals.wasted + player.held_tokens()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(config=any_schedule(configs), lengths=lengths_lists, chunk=st.integers(1, 4))
 def test_no_token_is_lost_or_trained_twice(config, lengths, chunk):
   player = Player(config, lambda uid: lengths[uid % len(lengths)], chunk)
@@ -414,7 +414,7 @@ def test_no_token_is_lost_or_trained_twice(config, lengths, chunk):
   assert player.scheduler.totals.lengths_trained == collections.Counter(len(rollout.tokens) for rollout in trained)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(config=configs, lengths=lengths_lists, chunk=st.integers(1, 4))
 def test_the_oldest_go_first(config, lengths, chunk):
   player = Player(config, lambda uid: lengths[uid % len(lengths)], chunk)
@@ -433,7 +433,7 @@ def test_the_oldest_go_first(config, lengths, chunk):
     player.scheduler.end_iteration(player.version)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(config=any_schedule(configs), lengths=lengths_lists, chunk=st.integers(1, 4), data=st.data())
 def test_a_state_that_went_through_json_has_the_same_future(config, lengths, chunk, data):
   """Saved after any call; the copy then makes the same decisions to the end."""
@@ -476,7 +476,7 @@ def test_a_state_can_be_loaded_twice():
     assert json.dumps(state, sort_keys=True) == frozen
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(config=configs, lengths=lengths_lists, prompts=st.integers(1, 12), chunk=st.integers(1, 4))
 def test_no_length_bias(config, lengths, prompts, chunk):
   """With a window that is long enough every rollout is trained on exactly once, and at any moment what is missing from
@@ -497,7 +497,7 @@ def test_no_length_bias(config, lengths, prompts, chunk):
   assert player.scheduler.totals.wasted == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(config=configs, lengths=lengths_lists, prompts=st.integers(1, 12), chunk=st.integers(1, 4))
 def test_what_is_missing_from_the_trained_lengths_was_beyond_the_window(config, lengths, prompts, chunk):
   """With a window that closes: every rollout is trained on whole, or was purged after sigma + 1 iterations unfinished."""
@@ -695,7 +695,7 @@ class Machine(stateful.RuleBasedStateMachine):
     assert scheduler.buffered == sum(len(group["finished"]) for group in state["groups"])
 
 
-Machine.TestCase.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+Machine.TestCase.settings = settings(max_examples=80, stateful_step_count=50)
 test_any_legal_sequence_of_calls = Machine.TestCase
 
 

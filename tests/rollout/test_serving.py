@@ -306,7 +306,7 @@ VALUES = st.recursive(
 NAMES = st.sampled_from([*CompletionRequest.model_fields, *ChatRequest.model_fields, "echo", "tools"])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(NAMES, VALUES, max_size=6) | VALUES, st.booleans(), st.booleans())
 def test_no_body_is_too_strange(served, body, prompted, chat):
   if isinstance(body, dict) and prompted:

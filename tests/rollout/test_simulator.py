@@ -151,7 +151,7 @@ def traces(draw, group_size):
   return Trace(group_size, lengths, [prompt for prompt in prompts for _ in range(group_size)])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(config=any_schedule(configs), data=st.data())
 def test_it_decides_as_the_driver_does(config, data):
   trace = data.draw(traces(config.group_size))
@@ -226,7 +226,7 @@ def test_a_simulated_scheduler_goes_through_json():
 # What holds for every schedule
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(config=configs, data=st.data(), wanted=st.integers(1, 4), more=st.integers(0, 4))
 def test_books_and_bounds(config, data, wanted, more):
   if config.on_purge is OnPurge.REQUEUE:
