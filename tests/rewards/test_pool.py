@@ -92,7 +92,7 @@ def test_each_hostile_item_costs_only_itself(pool):
   before = pool.counts.copy()
   start = time.monotonic()
   results = pool.score(items)
-  assert time.monotonic() - start < 60  # two of them would never end
+  assert time.monotonic() - start < 20
   assert [(result.kind, result.score) for result in results] == expected
   counted = pool.counts - before
   assert counted[Kind.TIMEOUT] == 2 and counted[Kind.CRASH] == 3 and counted[Kind.MEMORY] == 1
@@ -183,7 +183,7 @@ def test_mathverify_bombs():
   with ScoringPool(TaskConfig(mixture=mixture, answer="boxed", deadline=1.0)) as pool:
     start = time.monotonic()
     results = pool.score([ScoreItem(problem, f"\\boxed{{{text}}}") for text in texts])
-    assert time.monotonic() - start < 60  # the tower alone would take hours
+    assert time.monotonic() - start < 15
   assert [result.score for result in results] == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]
   assert results[1].kind in (Kind.TIMEOUT, Kind.MEMORY, Kind.CRASH)
 

@@ -43,7 +43,7 @@ def test_extract(text, answer_format, thinking, answer):
 def test_extract_takes_linear_time(text):
   start = time.process_time()
   extract(text, BOXED)
-  assert time.process_time() - start < 60  # a tenth of a second; with the square of the length it would be hours
+  assert time.process_time() - start < 5.0
 
 
 def test_exact_mode_takes_full_scores_only():

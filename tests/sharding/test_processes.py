@@ -176,7 +176,7 @@ def test_one_that_is_killed_is_missed_at_once(lost):
     if index != lost:
       assert member.returncode == ExitStatus.LOST, errors
       assert errors.count("\n") == 1 and f"process {lost} on {socket.gethostname()} is gone" in errors
-  assert time.monotonic() - started < 60  # JAX by itself notices after 100
+  assert time.monotonic() - started < 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
